@@ -1,0 +1,217 @@
+"""What a user can set: every flag of every verb, its default, its unit and its meaning.
+
+Plain data, no torch: `--help` reads this file only. A field is a flag of the same name, a key of
+`--config FILE.yaml`, and a key of the `config.yaml` in a run's folder. An adapter's own flags stand
+beside the adapters (`adapters/options.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+def option(default, help: str, choices: tuple | None = None):
+    """A dataclass field that is a flag: its default, its help, and the values it may take."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Model"""
+
+    model_type: str = option("vit_mini", "size of SAM; vit_mini is a small one for a first try")
+    checkpoint: str = option(
+        "auto",
+        "file with SAM's weights; 'auto': the official file in checkpoints/ (vit_mini has none and "
+        "starts from random weights); 'none': start from random weights",
+    )
+    download: bool = option(False, "fetch a missing official checkpoint from its official address")
+    adapter: str = option("sam_adapter", "how SAM is adapted")
+    train: str = option(
+        "auto",
+        "what trains: 'adapter': what the adapter says; 'all': image encoder and mask decoder too; "
+        "'auto': 'all' from random weights, else 'adapter'",
+        ("auto", "adapter", "all"),
+    )
+    image_size: int = option(
+        0, "side of the square that the model sees, pixels, a multiple of 16; 0: the model's own"
+    )
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How image and mask files are read"""
+
+    image_prefix: str = option("", "start of image file names that is not part of the pairing key")
+    image_suffix: str = option("", "end of image file names (before the extension) likewise")
+    mask_prefix: str = option("", "start of mask file names that is not part of the pairing key")
+    mask_suffix: str = option("", "end of mask file names (before the extension) likewise")
+    mask_threshold: int = option(
+        -1, "mask values of at least this are one side, the others the other; -1: decide by file"
+    )
+    foreground: str = option(
+        "above", "which side of the threshold is the object", ("above", "below")
+    )
+    intensity_range: str = option(
+        "auto",
+        "LOW,HIGH: values of 16-bit or float images that become 0 and 255; 'auto': the 0.5 and "
+        "99.5 percentile of each image",
+    )
+    resize: str = option(
+        "pad",
+        "how an image is fitted: 'pad' keeps its aspect, 'squash' does not",
+        ("pad", "squash"),
+    )
+
+
+@dataclass(frozen=True)
+class TrainDataOptions:
+    """Training and validation data"""
+
+    train_image_dir: str = option("", "training images; empty: a small sample set is made and used")
+    train_mask_dir: str = option("", "their masks")
+    val_image_dir: str = option("", "validation images; empty: those of --train_image_dir")
+    val_mask_dir: str = option("", "their masks; empty: those of --train_mask_dir")
+    train_slice: str = option(
+        "", "START:STOP of the training pairs in sorted order, as in Python; empty: all"
+    )
+    val_slice: str = option("", "the same for validation")
+    augment: str = option(
+        "standard",
+        "'standard': half of the images flipped, turned by 90 degrees or shifted, scaled and "
+        "rotated; 'flip': half of them flipped left-right; 'none'",
+        ("standard", "flip", "none"),
+    )
+
+
+@dataclass(frozen=True)
+class TestDataOptions:
+    """Test data"""
+
+    test_image_dir: str = option("", "test images")
+    test_mask_dir: str = option("", "their masks")
+    test_slice: str = option("", "START:STOP of the test pairs in sorted order; empty: all")
+
+
+@dataclass(frozen=True)
+class LoaderOptions:
+    """Loading"""
+
+    batch_size: int = option(1, "images per process and forward pass")
+    workers: int = option(-1, "loader processes per training process; -1: up to 4, as cores allow")
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """Prompts"""
+
+    prompt: str = option(
+        "box", "what the model is told: 'box': the box of the true mask; 'none'", ("box", "none")
+    )
+    box_scale: float = option(1.0, "factor on the box's sides, about its centre")
+    box_jitter: float = option(
+        0.0, "shift of each box side in training, uniform up to this fraction of the box's side"
+    )
+    empty_masks: str = option(
+        "skip",
+        "images without object under --prompt box: 'skip' them (counted in the log), or prompt "
+        "with the box of the 'whole' image",
+        ("skip", "whole"),
+    )
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """Loss"""
+
+    bce_weight: float = option(1.0, "weight of the binary cross-entropy")
+    iou_weight: float = option(1.0, "weight of the soft IoU loss")
+    loss_resolution: str = option(
+        "original",
+        "where the loss is taken: at each image's 'original' size or in the model's 'frame'",
+        ("original", "frame"),
+    )
+
+
+@dataclass(frozen=True)
+class OptimOptions:
+    """Optimisation"""
+
+    lr: float = option(2e-4, "peak learning rate of AdamW")
+    min_lr: float = option(0.0, "learning rate at the end of the cosine")
+    warmup_steps: int = option(0, "optimizer steps of linear warm-up")
+    weight_decay: float = option(0.01, "on weights of linear and convolution layers only")
+    clip_norm: float = option(0.0, "largest norm of the gradient; 0: no clipping")
+    accumulate: int = option(1, "forward passes per optimizer step")
+    precision: str = option(
+        "auto",
+        "'auto': bf16 where the GPU has it, else fp16 on a GPU, fp32 on a CPU",
+        ("auto", "fp32", "bf16", "fp16"),
+    )
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Run"""
+
+    epoch: int = option(10, "passes over the training images")
+    seed: int = option(21, "of weights, data order and augmentation")
+    deterministic: bool = option(False, "bitwise repeatable on a GPU too, at some cost in time")
+    monitor: str = option(
+        "loss", "validation score that says which epoch is best", ("loss", "iou", "dice")
+    )
+    patience: int = option(
+        -1, "epochs without improvement before stopping; -1: half of --epoch; 0: never stop"
+    )
+    output_dir: str = option("", "the run's folder; empty: a new one under checkpoints/")
+    resume: str = option(
+        "",
+        "go on with the run in this folder; 'auto': with --output_dir if it holds one, else with "
+        "the newest run that was interrupted",
+    )
+    save_pth: bool = option(False, "also write best.pth, a flat dict of tensors by name")
+    timeout: int = option(60, "minutes that a process waits for the others before it gives up")
+
+
+@dataclass(frozen=True)
+class LogOptions:
+    """Logging"""
+
+    wandb: bool = option(False, "log to Weights & Biases too")
+    wandb_mode: str = option(
+        "auto",
+        "'auto': online if a key is there, else offline",
+        ("auto", "online", "offline"),
+    )
+    project_name: str = option("samtune", "Weights & Biases project")
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What is scored"""
+
+    run: str = option("", "run folder or best.safetensors; empty: the newest run in checkpoints/")
+    checkpoint: str = option("", "SAM's weights, if they moved since training")
+    output_dir: str = option("", "where scores go; empty: the run's folder")
+    save_predictions: bool = option(False, "write the predicted masks and overlays as PNG")
+    zero_shot: bool = option(True, "score the untuned SAM beside the tuned one")
+    prompt: str = option(
+        "", "score under another prompt than the run's: 'box' or 'none'", ("", "box", "none")
+    )
+    precision: str = option("fp32", "number format", ("fp32", "bf16", "fp16"))
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """Benchmark"""
+
+    steps: int = option(10, "timed optimizer steps")
+    warmup: int = option(2, "untimed steps before")
+
+
+# Flags of the parent repository that torchrun has made needless: accepted, and said so.
+RETIRED = {
+    "dist": "torchrun decides: NGPU=4 ./run.sh starts four processes",
+    "port": "torchrun chooses a free port (--standalone), or set --master_port there",
+    "local_rank": "torchrun sets it in the environment",
+}

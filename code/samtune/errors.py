@@ -1,0 +1,14 @@
+"""What a person did that cannot work, said in words a person can act on."""
+
+
+class UserError(Exception):
+    """A mistake in the input: a flag, a file, a folder, a checkpoint.
+
+    The message says what is wrong, which file or flag, and what to do. It is printed once, by rank
+    0, without a traceback, and every process ends with `EXIT_USER_ERROR`.
+    """
+
+
+EXIT_CRASH = 1  # a defect of the program: the traceback is printed
+EXIT_USER_ERROR = 2  # the same code that argparse uses for a wrong flag
+EXIT_INTERRUPTED = 75  # a signal ended the run after its state was saved: `--resume auto` goes on

@@ -1,0 +1,188 @@
+"""The shapes of everything that flows from an image file to a score.
+
+Letters: B images of a batch, R questions (rows) asked about them, C output channels, N points,
+(H, W) the size of a picture as it lies on disk, (S_h, S_w) the frame that the model sees. Sizes are
+always (height, width); coordinates are always (x, y) in pixels.
+
+A *row* is one question: one prompt (a box, say) about one image, or one image without any prompt.
+A batch of rows is decoded in one call, so several objects per image, several classes and the plain
+"one box per image" are the same code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORE = 255  # a pixel of a mask that no loss and no metric reads
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture with its mask, as read from disk.
+
+    image: (H, W, 3) uint8 RGB. mask: (H, W) uint8, 0 background, 1 foreground, `IGNORE` unread.
+    id: the key that paired the two files; image_path, mask_path: where they lie.
+    """
+
+    image: np.ndarray
+    mask: np.ndarray
+    id: str
+    image_path: str = ""
+    mask_path: str = ""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """How one picture was fitted into the model's frame: resized, then padded right and below.
+
+    original_size: (H, W) on disk. valid_size: (h, w) after resizing, without the padding.
+    """
+
+    original_size: tuple[int, int]
+    valid_size: tuple[int, int]
+
+    def scale_xy(self, xy: np.ndarray) -> np.ndarray:
+        """Bring (..., 2) coordinates of the original picture into the frame, in float64."""
+        (height, width), (valid_height, valid_width) = self.original_size, self.valid_size
+        return np.asarray(xy, np.float64) * (valid_width / width, valid_height / height)
+
+
+@dataclass(frozen=True)
+class Frames:
+    """The geometry of a whole batch, as tensors, so that no step loops over images.
+
+    original_size, valid_size: (B, 2) int64. frame_size: (S_h, S_w). canvas_size: the smallest size
+    that holds every original picture of the batch; what lies outside a picture is `IGNORE` in the
+    target.
+    """
+
+    original_size: Tensor
+    valid_size: Tensor
+    frame_size: tuple[int, int]
+    canvas_size: tuple[int, int]
+
+    @classmethod
+    def collate(cls, frames: list[Frame], frame_size: tuple[int, int]) -> Frames:
+        original = torch.tensor([frame.original_size for frame in frames])
+        valid = torch.tensor([frame.valid_size for frame in frames])
+        height, width = (max(sizes) for sizes in zip(*(f.original_size for f in frames)))
+        return cls(original, valid, frame_size, (height, width))
+
+    def to_frame(self, logits: Tensor) -> Tensor:
+        """(R, C, h, w) decoder logits -> (R, C, S_h, S_w), bilinear, in float32."""
+        return F.interpolate(logits.float(), self.frame_size, mode="bilinear", align_corners=False)
+
+    def restore(self, logits: Tensor, image_index: Tensor | None = None) -> Tensor:
+        """(R, C, h, w) decoder logits -> (R, C, canvas) at the pictures' own resolution, float32.
+
+        SAM's post-processing: bilinear to the frame, crop the padding, bilinear to the original
+        size. Each of the two is linear and separable, so both together are one small matrix per
+        axis and image: no loop over images of different sizes, and a deterministic backward pass.
+        Row r's picture fills the upper left of its canvas; beyond it the values mean nothing.
+        image_index: (R,) the image of each row; None when row r asks about image r.
+        """
+        original, valid = self.original_size, self.valid_size
+        if image_index is not None:
+            original, valid = original[image_index], valid[image_index]
+        with torch.autocast(logits.device.type, enabled=False):
+            logits = logits.float()
+            down, across = (
+                _resize_matrix(
+                    logits.shape[2 + axis],
+                    self.frame_size[axis],
+                    valid[:, axis],
+                    original[:, axis],
+                    self.canvas_size[axis],
+                )
+                for axis in (0, 1)
+            )  # (R, canvas_h, h), (R, canvas_w, w)
+            return down[:, None] @ logits @ across[:, None].transpose(2, 3)
+
+
+def _resize_matrix(low: int, frame: int, valid: Tensor, original: Tensor, canvas: int) -> Tensor:
+    """(R, canvas, low): the weights of resizing low -> frame, cropping to valid, -> original."""
+    device = valid.device
+    last = torch.tensor(low - 1, device=device)
+    up = _bilinear(torch.arange(frame, device=device), low / frame, last, low)  # (frame, low)
+    position = torch.arange(canvas, device=device)[None]  # (1, canvas)
+    ratio = valid.float()[:, None] / original.float()[:, None]  # (R, 1)
+    return _bilinear(position, ratio, valid[:, None] - 1, frame) @ up
+
+
+def _bilinear(position: Tensor, ratio: float | Tensor, last: Tensor, length: int) -> Tensor:
+    """(..., length): how much each source pixel gives to the target pixel at `position`.
+
+    Half-pixel centres, edges held: `F.interpolate(mode="bilinear", align_corners=False)`.
+    """
+    source = ((position.float() + 0.5) * ratio - 0.5).clamp(min=0)
+    source = torch.minimum(source, last.float())
+    return (1 - (source[..., None] - torch.arange(length, device=source.device)).abs()).clamp(min=0)
+
+
+class Prompts(NamedTuple):
+    """What the model is asked, R rows in the frame's pixels; every part may be absent.
+
+    boxes: (R, 4) float32 x0, y0, x1, y1. points: (R, N, 2) float32 with point_labels (R, N) int64
+    (1 foreground, 0 background, -1 padding). image_index: (R,) int64, the image of each row; None
+    when row r asks about image r.
+    """
+
+    boxes: Tensor | None = None
+    points: Tensor | None = None
+    point_labels: Tensor | None = None
+    image_index: Tensor | None = None
+
+
+class Prediction(NamedTuple):
+    """What the model answers.
+
+    logits: (R, C, h, w) at the decoder's own resolution (`Frames` brings them to another); iou:
+    (R, C) SAM's estimate of its own mask quality, or None; aux: further loss terms by name.
+    """
+
+    logits: Tensor
+    iou: Tensor | None = None
+    aux: dict[str, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the loader hands to the model.
+
+    image: (B, 3, S_h, S_w) uint8, zero where padded. target: (R, T_h, T_w) uint8 (0, 1, `IGNORE`),
+    on the canvas of original sizes or in the frame. weight: (R,) float32, 1 for a real sample and 0
+    for one that only keeps the ranks in step. ids, paths: B strings for messages and files.
+    """
+
+    image: Tensor
+    target: Tensor
+    prompts: Prompts
+    frames: Frames
+    weight: Tensor
+    ids: list[str] = field(default_factory=list)
+    paths: list[str] = field(default_factory=list)
+
+    def to(self, device: torch.device) -> Batch:
+        """Copy every tensor, without waiting for it when the memory is pinned."""
+        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        return _map_tensors(self, lambda tensor: tensor.pin_memory())
+
+
+def _map_tensors(value, function):
+    """Apply `function` to every tensor in a (nested) dataclass or named tuple."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Prompts):
+        return Prompts(*(_map_tensors(part, function) for part in value))
+    if isinstance(value, (Batch, Frames)):
+        names = [f.name for f in fields(value)]
+        return replace(value, **{n: _map_tensors(getattr(value, n), function) for n in names})
+    return value
