@@ -1,0 +1,33 @@
+"""Options and fixtures that all tests share."""
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--golden",
+        default=str(ROOT.parent / "shared" / "golden"),
+        help="folder of numeric fixtures; tests that need it skip where it does not exist",
+    )
+
+
+@pytest.fixture(scope="session")
+def golden_dir(request) -> Path:
+    """The folder of numeric fixtures."""
+    folder = Path(request.config.getoption("--golden"))
+    if not folder.is_dir():
+        pytest.skip(f"no fixtures at {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real data (isbi2012/, camvid/)."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no data at {folder}")
+    return folder
