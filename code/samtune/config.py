@@ -209,6 +209,54 @@ class BenchmarkOptions:
     warmup: int = option(2, "untimed steps before")
 
 
+@dataclass(frozen=True)
+class TrainConfig:
+    """All that `train` can be told."""
+
+    model: ModelOptions
+    read: ReadOptions
+    data: TrainDataOptions
+    test: TestDataOptions
+    loader: LoaderOptions
+    prompts: PromptOptions
+    loss: LossOptions
+    optim: OptimOptions
+    run: RunOptions
+    log: LogOptions
+    adapter: object  # the options of the chosen adapter
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """All that `evaluate` can be told; what is not said comes from the run that is scored."""
+
+    evaluate: EvaluateOptions
+    test: TestDataOptions
+    read: ReadOptions
+    loader: LoaderOptions
+    given: dict  # what was said, by name
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """All that `benchmark` can be told."""
+
+    benchmark: BenchmarkOptions
+    model: ModelOptions
+    loader: LoaderOptions
+    prompts: PromptOptions
+    loss: LossOptions
+    optim: OptimOptions
+    run: RunOptions
+    adapter: object
+
+
+# What may differ when a run goes on (`--resume`); everything else stays as the run began.
+FREE_ON_RESUME = {
+    "epoch", "patience", "workers", "timeout", "save_pth", "wandb", "wandb_mode", "project_name",
+    "resume", "test_image_dir", "test_mask_dir", "test_slice",
+}  # fmt: skip
+
 # Flags of the parent repository that torchrun has made needless: accepted, and said so.
 RETIRED = {
     "dist": "torchrun decides: NGPU=4 ./run.sh starts four processes",

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Sequence
-from dataclasses import asdict, fields
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import get_type_hints
 
@@ -30,6 +30,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+@dataclass(frozen=True)
+class Parsed:
+    """instances: one per group, in order. given: what flags or YAML said, by name. remarks: to print."""
+
+    instances: list
+    given: dict
+    remarks: list[str]
+
+
 def parse(
     program: str,
     description: str,
@@ -38,20 +47,22 @@ def parse(
     retired: dict[str, str] | None = None,
     foreign: dict[str, str] | None = None,
     choices: dict[str, Sequence[str]] | None = None,
-    epilog: str = "",
-) -> tuple[list, list[str]]:
-    """Read `argv` into one instance per dataclass of `groups`, and a list of remarks to print.
+    base: str | None = None,
+    free: Collection[str] = (),
+) -> Parsed:
+    """Read `argv` into one instance per dataclass of `groups`.
 
     retired: flags that are accepted with one value and answered with this remark. foreign: flags
-    that exist but not here, and why. choices: values of a flag that only the caller knows.
+    that exist but not here, and why. choices: values of a flag that only the caller knows. base: a
+    YAML file of a run that goes on; it wins over flags and `--config`, except for the names in
+    `free`.
     Raises UserError for an unknown name (with the nearest known one), a value of the wrong type or
     an unreadable YAML file.
     """
     retired, foreign, choices = retired or {}, foreign or {}, choices or {}
     parser = Parser(
-        prog=program, description=description, epilog=epilog, allow_abbrev=False,
-        formatter_class=_Formatter,
-    )  # fmt: skip
+        prog=program, description=description, allow_abbrev=False, formatter_class=_Formatter
+    )
     parser.add_argument(
         "--config", metavar="FILE.yaml", help="the same names as these flags; flags win"
     )
@@ -69,13 +80,21 @@ def parse(
     for name in retired:
         given.pop(name, None)
     if path := given.pop("config", None):
-        from_file = read_yaml(path, groups, [*known], foreign, choices)
-        given = from_file | given
+        given = _read_yaml(path, groups, foreign, choices) | given
+    values = given
+    if base:
+        fixed = _read_yaml(base, groups, foreign, choices)
+        remarks += [
+            f"--{name} {given[name]} is ignored: the run that goes on has {fixed[name]!r}"
+            for name in given
+            if name not in free and fixed.get(name) not in (given[name], None) and given[name] != ""
+        ]
+        values = fixed | {name: value for name, value in given.items() if name in free}
     instances = [
-        group(**{f.name: given[f.name] for f in fields(group) if f.name in given})
+        group(**{f.name: values[f.name] for f in fields(group) if f.name in values})
         for group in groups
     ]
-    return instances, remarks
+    return Parsed(instances, given, remarks)
 
 
 def peek(argv: Sequence[str], name: str, default: str) -> str:
@@ -95,9 +114,10 @@ def dump(instances: Sequence) -> dict:
     return {name: value for instance in instances for name, value in asdict(instance).items()}
 
 
-def read_yaml(path, groups, known, foreign, choices) -> dict:
+def _read_yaml(path: str, groups: Sequence[type], foreign: dict, choices: dict) -> dict:
     """The options in a YAML file, checked as flags are."""
     values = _load_yaml(path)
+    known = [f.name for group in groups for f in fields(group)]
     types = {name: kind for group in groups for name, kind in get_type_hints(group).items()}
     allowed = {
         f.name: choices.get(f.name) or f.metadata.get("choices")

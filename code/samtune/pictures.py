@@ -1,0 +1,75 @@
+"""Pictures for people: a prediction drawn over its image, and a sheet of several."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from samtune.structures import IGNORE
+
+TRUTH, PREDICTION, BOX = (90, 220, 90), (240, 70, 90), (250, 210, 60)  # RGB
+LABEL_HEIGHT = 22
+
+
+def overlay(image: np.ndarray, mask: np.ndarray, truth: np.ndarray, box=None) -> np.ndarray:
+    """Draw a predicted mask (tinted, red outline), the true one (green) and the box (yellow).
+
+    image: (H, W, 3) uint8 RGB. mask, truth: (H, W), 1 is foreground. box: x0, y0, x1, y1 or None.
+    Returns (H, W, 3) uint8 RGB.
+    """
+    picture = image.copy()
+    inside = mask == 1
+    picture[inside] = (0.6 * picture[inside] + 0.4 * np.array(PREDICTION)).astype(np.uint8)
+    width = max(1, round(min(image.shape[:2]) / 200))
+    for region, colour in ((truth, TRUTH), (mask, PREDICTION)):
+        outlines, _ = cv2.findContours(
+            (region == 1).astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE
+        )
+        cv2.drawContours(picture, outlines, -1, colour, width)
+    if box is not None:
+        x0, y0, x1, y1 = (round(float(value)) for value in box)
+        cv2.rectangle(picture, (x0, y0), (x1, y1), BOX, width)
+    return picture
+
+
+def sheet(rows: list[list[np.ndarray]], titles: list[str], side: int = 220) -> np.ndarray:
+    """Lay pictures out in a grid with a title over each column; all are fitted into side x side."""
+    header = [_label(title, side) for title in titles]
+    lines = [np.hstack(header)]
+    lines += [np.hstack([_fit(picture, side) for picture in row]) for row in rows]
+    return np.vstack(lines)
+
+
+def truth_picture(image: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """The image with the true mask outlined and ignored pixels greyed."""
+    picture = overlay(image, np.zeros_like(truth), truth)
+    picture[truth == IGNORE] = 128
+    return picture
+
+
+def write_png(path: Path, picture: np.ndarray) -> None:
+    """Write RGB or grey uint8 as PNG, making the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    bgr = picture[..., ::-1] if picture.ndim == 3 else picture
+    path.write_bytes(cv2.imencode(".png", bgr)[1].tobytes())
+
+
+def _fit(picture: np.ndarray, side: int) -> np.ndarray:
+    height, width = picture.shape[:2]
+    scale = (side - 4) / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    small = cv2.resize(
+        picture, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    )
+    tile = np.full((side, side, 3), 255, np.uint8)
+    y, x = (side - size[1]) // 2, (side - size[0]) // 2
+    tile[y : y + size[1], x : x + size[0]] = small
+    return tile
+
+
+def _label(text: str, side: int) -> np.ndarray:
+    tile = np.full((LABEL_HEIGHT, side, 3), 255, np.uint8)
+    cv2.putText(tile, text, (4, 16), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
+    return tile

@@ -1,0 +1,114 @@
+"""The way from files to a model's input, composed: what `train` and `evaluate` share."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from samtune.config import LoaderOptions, PromptOptions, ReadOptions
+from samtune.data.datasets import SegmentationDataset
+from samtune.data.files import Pair, find_pairs, select
+from samtune.data.loading import make_loader
+from samtune.data.sampler import eval_batches
+from samtune.data.scan import ScanReport, scan_pairs
+from samtune.engine import distributed
+from samtune.engine.distributed import Process
+from samtune.engine.logbook import Logbook
+from samtune.errors import UserError
+from samtune.metrics.region import overlap
+from samtune.structures import IGNORE, Batch, Prediction
+
+
+@contextmanager
+def agreed():
+    """A user's mistake that any rank meets inside is raised on all of them, so none waits."""
+    mistake = None
+    try:
+        yield
+    except UserError as error:
+        mistake = error
+    distributed.agree(mistake)
+
+
+def load_pairs(
+    split: str, image_dir: str, mask_dir: str, text: str, read: ReadOptions
+) -> list[Pair]:
+    """The pairs of one split. `split` (train, val, test) names the flags in messages."""
+    for kind, folder in (("image", image_dir), ("mask", mask_dir)):
+        if not folder:
+            raise UserError(f"--{split}_{kind}_dir is not set")
+    pairs = find_pairs(
+        image_dir, mask_dir, read, (f"--{split}_image_dir", f"--{split}_mask_dir")
+    )
+    return select(pairs, text, f"--{split}_slice")
+
+
+def check_pairs(
+    name: str, pairs: list[Pair], read: ReadOptions, process: Process, logbook: Logbook
+) -> ScanReport:
+    """Read every file once, each rank its share, before anything is trained on them.
+
+    Raises UserError on every rank, with all problems listed, if a file cannot be used.
+    """
+    mine = pairs[process.rank :: process.world]
+    with logbook.progress(len(mine), f"checking {name} files") as bar:
+        report = scan_pairs(mine, read, bar.update)
+    reports = distributed.gather_objects(report)
+    report = distributed.broadcast_object(sum(reports[1:], reports[0]) if reports else None)
+    report.raise_problems()
+    for remark in report.remarks:
+        logbook.say(f"{name}: {remark}")
+    return report
+
+
+def usable(
+    name: str, pairs: list[Pair], report: ScanReport, prompts: PromptOptions, logbook: Logbook
+) -> list[Pair]:
+    """The pairs that can be asked about: without object there is no box (`--empty_masks`)."""
+    if prompts.prompt != "box" or prompts.empty_masks != "skip" or not report.empty:
+        return pairs
+    empty = set(report.empty)
+    kept = [pair for pair in pairs if pair.id not in empty]
+    logbook.say(f"{name}: {len(empty)} of {len(pairs)} images hold no object and are skipped")
+    if not kept:
+        raise UserError(f"no {name} image holds an object, so --prompt box has nothing to ask")
+    return kept
+
+
+def evaluation_loader(
+    pairs: list[Pair],
+    read: ReadOptions,
+    prompts: PromptOptions,
+    image_size: int,
+    loader: LoaderOptions,
+    process: Process,
+):
+    """Batches of this rank's share of `pairs`, each image once, at original size."""
+    dataset = SegmentationDataset(pairs, read, image_size, prompts, "original")
+    batches = eval_batches(len(pairs), loader.batch_size, process.rank, process.world)
+    return make_loader(dataset, batches, loader.workers, process.device.type == "cuda")
+
+
+def original_boxes(batch: Batch) -> Tensor | None:
+    """(R, 4) float64: the box prompts in pixels of the original pictures; None without boxes."""
+    if batch.prompts.boxes is None:
+        return None
+    scale = batch.frames.original_size.double() / batch.frames.valid_size.double()
+    return (batch.prompts.boxes.double() * scale.flip(1).repeat(1, 2)).round()  # x, y, x, y
+
+
+def filled_box(prediction: Prediction | None, batch: Batch) -> dict[str, Tensor]:
+    """IoU and Dice of the box itself taken as the mask: what a prompt gives away, per row.
+
+    The prediction is not looked at. Same smoothing as the model's scores.
+    """
+    x0, y0, x1, y1 = original_boxes(batch)[:, :, None, None].unbind(1)  # each (R, 1, 1)
+    height, width = batch.target.shape[-2:]
+    y = torch.arange(height, device=batch.target.device)[None, :, None]
+    x = torch.arange(width, device=batch.target.device)[None, None, :]
+    inside = (x >= x0) & (x < x1) & (y >= y0) & (y < y1) & (batch.target != IGNORE)
+    truth = batch.target == 1
+    both = (inside & truth).sum((1, 2))
+    return overlap(both, inside.sum((1, 2)) + truth.sum((1, 2)))

@@ -1,0 +1,78 @@
+"""A trained run as a model again: what `best.safetensors` says, built and loaded."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+
+from samtune.adapters import ADAPTERS, build_model, build_untuned
+from samtune.config import ModelOptions
+from samtune.engine.checkpoint import load_adapted, read_metadata
+from samtune.errors import UserError
+from samtune.models.segmenter import PromptedSam
+from samtune.models.weights import file_sha256, find_checkpoint
+
+
+def load_trained(path: str | Path, checkpoint: str = "") -> PromptedSam:
+    """Build the model of a run and load what was trained, on the CPU, in eval mode.
+
+    path: `best.safetensors` or its folder. checkpoint: SAM's own weights, if they are not where
+    they were in training. `as_sam()` of the result is a stock SAM for `SamPredictor`.
+    Raises UserError if a file is missing, or was made for other base weights.
+    """
+    path = trained_file(path)
+    metadata = read_metadata(path)
+    options = options_of(metadata, ModelOptions)
+    adapter = ADAPTERS[options.adapter]
+    base = base_file(metadata, checkpoint)
+    model = build_model(
+        options,
+        options_of(metadata, adapter.options),
+        metadata["config"]["prompt"],
+        base,
+        metadata["config"]["seed"],
+    )
+    load_adapted(model, path, adapter.renames)
+    return model.eval()
+
+
+def load_untuned(path: str | Path, checkpoint: str = "") -> PromptedSam:
+    """The same SAM as `load_trained`, before any training."""
+    metadata = read_metadata(trained_file(path))
+    base = base_file(metadata, checkpoint)
+    seed = metadata["config"]["seed"]
+    return build_untuned(options_of(metadata, ModelOptions), base, seed).eval()
+
+
+def trained_file(path: str | Path) -> Path:
+    """`best.safetensors` for a run's folder; the file itself otherwise."""
+    path = Path(path)
+    path = path / "best.safetensors" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"--run {path}: no such file")
+    return path
+
+
+def options_of(metadata: dict, group: type):
+    """The options of one group, as the run had them."""
+    known = metadata["config"]
+    return group(**{f.name: known[f.name] for f in fields(group) if f.name in known})
+
+
+def base_file(metadata: dict, checkpoint: str = "") -> Path | None:
+    """SAM's weights that the run was trained on; None if it began from random weights.
+
+    Raises UserError if they are missing or are other weights than in training.
+    """
+    if not metadata["base_sha256"]:
+        return None
+    options = replace(options_of(metadata, ModelOptions), download=False)
+    if checkpoint:
+        options = replace(options, checkpoint=checkpoint)
+    path = find_checkpoint(options)
+    if path is None or file_sha256(path) != metadata["base_sha256"]:
+        raise UserError(
+            f"--checkpoint {path}: these are not the weights that the run was trained on "
+            f"({metadata['base_file']}, sha256 {metadata['base_sha256'][:12]}...)"
+        )
+    return path

@@ -1,0 +1,50 @@
+"""torchrun, with the exit code of the workers.
+
+torchrun answers every failed worker with a traceback of its own and exit code 1. Here the worker has
+already said what is wrong, so its code is passed on and torchrun stays silent; a signal (Ctrl-C, a
+scheduler's SIGTERM or SIGUSR1) reaches the workers, which save their state and end with
+`EXIT_INTERRUPTED`. Arguments are torchrun's. `torchrun code/run_sa.py` works just as well.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+
+from samtune.errors import EXIT_CRASH, EXIT_INTERRUPTED, EXIT_USER_ERROR
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+
+SAID_BY_THE_WORKER = (EXIT_USER_ERROR, EXIT_INTERRUPTED)
+
+
+def run() -> int:
+    """Run torchrun on `sys.argv`. Returns the exit code of the first worker that failed."""
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # Slurm's warning before the end. torchrun does not pass it on; SIGTERM it does.
+    signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        main()
+    except ChildFailedError as error:
+        codes = {failure.exitcode for failure in error.failures.values()}
+        for code in SAID_BY_THE_WORKER:
+            if code in codes:
+                return code
+        _, first = error.get_first_failure()
+        print(f"rank {error.get_first_failure()[0]} ended with {_describe(first.exitcode)}",
+              file=sys.stderr)  # fmt: skip
+        return first.exitcode if first.exitcode > 0 else EXIT_CRASH
+    except SignalException:
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def _describe(code: int) -> str:
+    return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Trains SAM with an adapter. Edit the values below, or set them in the environment, or add flags:
+#     NGPU=4 ./run.sh --lr 1e-4
+# Nothing edited, it trains a small SAM on a small sample set, to show that everything works.
+set -euo pipefail
+
+NGPU="${NGPU:-1}"                                  # processes on this machine, one per GPU
+MODEL_TYPE="${MODEL_TYPE:-vit_mini}"               # vit_b, vit_l, vit_h: the real ones
+CHECKPOINT="${CHECKPOINT:-auto}"                   # checkpoints/sam_vit_b_01ec64.pth
+ADAPTER="${ADAPTER:-sam_adapter}"                  # or decoder
+TRAIN_IMAGE_DIR="${TRAIN_IMAGE_DIR:-}"             # dataset/train/image   (empty: the sample set)
+TRAIN_MASK_DIR="${TRAIN_MASK_DIR:-}"               # dataset/train/mask
+VAL_IMAGE_DIR="${VAL_IMAGE_DIR:-}"                 # dataset/val/image
+VAL_MASK_DIR="${VAL_MASK_DIR:-}"                   # dataset/val/mask
+TEST_IMAGE_DIR="${TEST_IMAGE_DIR:-}"               # dataset/test/image    (may stay empty)
+TEST_MASK_DIR="${TEST_MASK_DIR:-}"                 # dataset/test/mask
+EPOCH="${EPOCH:-10}"
+BATCH_SIZE="${BATCH_SIZE:-4}"                      # per process
+LR="${LR:-2e-4}"
+SEED="${SEED:-21}"
+OUTPUT_DIR="${OUTPUT_DIR:-}"                       # empty: a new folder under checkpoints/
+
+source "$(dirname "$0")/setup.sh"
+exec "$PYTHON" code/torchrun.py --standalone --nproc_per_node "$NGPU" code/run_sa.py train \
+    --model_type "$MODEL_TYPE" --checkpoint "$CHECKPOINT" --adapter "$ADAPTER" \
+    --train_image_dir "$TRAIN_IMAGE_DIR" --train_mask_dir "$TRAIN_MASK_DIR" \
+    --val_image_dir "$VAL_IMAGE_DIR" --val_mask_dir "$VAL_MASK_DIR" \
+    --test_image_dir "$TEST_IMAGE_DIR" --test_mask_dir "$TEST_MASK_DIR" \
+    --epoch "$EPOCH" --batch_size "$BATCH_SIZE" --lr "$LR" --seed "$SEED" \
+    --output_dir "$OUTPUT_DIR" "$@"

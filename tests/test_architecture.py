@@ -1,0 +1,119 @@
+"""The house's import laws, as data: what each room may know."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+CODE = Path(__file__).resolve().parents[1] / "code"
+PACKAGE = CODE / "samtune"
+GROUND = {"errors", "structures", "config", "flags", "run_folder"}
+WINGS = {"models", "data", "metrics", "losses", "engine"}
+VERBS = {"train", "evaluate", "benchmark"}
+# Composition that verbs share. It imports the wings and is imported by verbs only.
+COMPOSED = {"pipeline", "trained", "pictures"}
+
+# room -> the rooms it may import beside itself
+MAY_IMPORT = {
+    **{name: set() for name in GROUND},
+    "run_folder": {"errors"},
+    "flags": {"errors"},
+    **{name: GROUND for name in WINGS},
+    "adapters": GROUND | {"models"},
+    "pictures": GROUND,
+    **{name: GROUND | WINGS | {"adapters"} | COMPOSED for name in COMPOSED - {"pictures"} | VERBS},
+    "run_sa": GROUND | VERBS | {"adapters", "models", "engine"},
+    "torchrun": {"errors"},
+}
+# module -> the only places that may import it
+ONLY_IN = {
+    "torch.distributed": {"engine/distributed.py", "../torchrun.py"},
+    "torch.nn.parallel": {"engine/distributed.py"},
+    "segment_anything": {"models/"},
+}
+TORCH_FREE = ["errors", "config", "flags", "run_folder", "adapters", "models"]
+
+
+def modules():
+    return [*sorted(PACKAGE.rglob("*.py")), CODE / "run_sa.py", CODE / "torchrun.py"]
+
+
+def room_of(path: Path) -> str:
+    relative = path.relative_to(PACKAGE) if PACKAGE in path.parents else Path(path.name)
+    return relative.parts[0].removesuffix(".py")
+
+
+def imports(path: Path):
+    """(line number, dotted module) of every import, also those inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            yield node.lineno, node.module
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(CODE)))
+def test_a_room_imports_only_what_it_may(path):
+    room = room_of(path)
+    if room == "__init__":
+        room = "errors"  # the package's own front door imports nothing
+    assert room in MAY_IMPORT, f"{path}: a room without a law; add it to MAY_IMPORT"
+    for line, module in imports(path):
+        parts = module.split(".")
+        if parts[0] == "samtune" and len(parts) > 1 and parts[1] != "__version__":
+            other = parts[1]
+            assert other == room or other in MAY_IMPORT[room], f"{path}:{line}: {module}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(CODE)))
+def test_one_door_for_distribution_and_for_sam(path):
+    for line, module in imports(path):
+        for guarded, places in ONLY_IN.items():
+            if module == guarded or module.startswith(guarded + "."):
+                here = path.resolve().as_posix()
+                allowed = [(PACKAGE / place).resolve().as_posix() for place in places]
+                assert any(here == a or here.startswith(a + "/") for a in allowed), (
+                    f"{path}:{line}: {module} belongs to {sorted(places)}"
+                )
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(CODE)))
+def test_importing_has_no_effects(path):
+    """A module's top level only defines: no call stands alone there."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant):
+            raise AssertionError(f"{path}:{node.lineno}: a bare expression at import")
+
+
+def test_code_never_shadows_the_standard_library():
+    assert not (CODE / "__init__.py").exists()
+
+
+def test_the_command_line_is_torch_free():
+    import subprocess
+    import sys
+
+    script = f"import sys; sys.path.insert(0, {str(CODE)!r}); import run_sa; " + "; ".join(
+        f"import samtune.{name}" for name in TORCH_FREE
+    )
+    script += "; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+def test_no_module_is_a_junk_drawer():
+    names = {path.stem for path in modules()}
+    assert not names & {"utils", "util", "common", "misc", "helpers", "helper"}
+
+
+def test_the_pth_pickle_door_is_shut():
+    """Every torch.load says weights_only=True; nothing imports pickle or uses unsafe YAML."""
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                words = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                assert words.get("weights_only") == "True", f"{path}:{node.lineno}"
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "yaml.load":
+                raise AssertionError(f"{path}:{node.lineno}: yaml.safe_load")
+        assert not {"pickle", "dill"} & {module for _, module in imports(path)}, path
