@@ -1,0 +1,173 @@
+"""The real commands as a user types them: run.sh, eval.sh, on one and on two processes."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = ["code", "run.sh", "eval.sh", "setup.sh", "requirements.txt", "checkpoints/README.md"]
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory) -> Path:
+    """A copy of what a clone holds, so that a test writes nothing into the repository."""
+    copy = tmp_path_factory.mktemp("clone")
+    for name in SHIPPED:
+        target = copy / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, target)
+    return copy
+
+
+def environment(**variables) -> dict:
+    """This interpreter's environment counts as the active one; nothing of torchrun's leaks in."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "WORLD", "MASTER"))}
+    return kept | {"VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1"} | variables
+
+
+def launch(house: Path, script: str, *flags: str, code: int = 0, **variables) -> str:
+    done = subprocess.run(
+        ["bash", script, *flags], cwd=house, env=environment(**variables), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}"
+    assert "Traceback" not in done.stdout, done.stdout
+    return done.stdout
+
+
+def scores_of(house: Path, run: str) -> dict:
+    return json.loads((house / run / "scores.json").read_text())
+
+
+QUICK = {"EPOCH": "1", "BATCH_SIZE": "4"}
+
+
+@pytest.fixture(scope="module")
+def sample_run(house) -> str:
+    """`./run.sh` on the sample set with two processes; a test of its own, shared by others."""
+    run = "checkpoints/two"
+    text = launch(house, "run.sh", NGPU="2", OUTPUT_DIR=run, **QUICK)
+    for part in ("environment: ", "sample", "tuned", "zero-shot", "box-filled", run):
+        assert part in text, f"{part!r} is not said:\n{text}"
+    return run
+
+
+def test_run_sh_trains_scores_and_leaves_its_files(house, sample_run):
+    folder = house / sample_run
+    for name in (
+        "config.yaml", "metrics.jsonl", "curves.png", "best.safetensors", "last.pt",
+        "scores.json", "scores.csv", "examples.png",
+    ):  # fmt: skip
+        assert (folder / name).stat().st_size > 0, name
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [1]
+
+
+def test_eval_sh_on_one_process_repeats_the_scores_of_two(house, sample_run):
+    """Sharded evaluation counts every image once: one process finds the very same numbers."""
+    before = scores_of(house, sample_run)
+    text = launch(house, "eval.sh", "--save_predictions", RUN=sample_run, BATCH_SIZE="2")
+    after = scores_of(house, sample_run)
+    assert after["images"] == before["images"] == 6
+    assert after["prompt"] == "box" and "box of the true mask" in text
+    for model in ("tuned", "zero_shot", "box_filled"):
+        for name, value in before[model].items():
+            assert after[model][name] == pytest.approx(value, abs=1e-6), (model, name)
+    with (house / sample_run / "scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    mean = sum(float(row["tuned_iou"]) for row in rows) / len(rows)
+    assert mean == pytest.approx(after["tuned"]["iou"], abs=1e-5)
+    drawn = house / sample_run / "predictions"
+    assert len(list((drawn / "masks").iterdir())) == len(list((drawn / "overlays").iterdir())) == 6
+
+
+def test_a_folder_with_a_run_is_not_overwritten(house, sample_run):
+    text = launch(house, "run.sh", code=2, OUTPUT_DIR=sample_run, NGPU="2", **QUICK)
+    assert text.count("error: ") == 1 and f"--resume {sample_run}" in text
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--learning_rate", "1"], "unknown option --learning_rate"),
+        (["--train_image_dir", "nowhere", "--train_mask_dir", "nowhere"], "nowhere"),
+        (["--image_size", "100"], "--image_size 100"),
+        (["--model_type", "vit_b"], "sam_vit_b_01ec64.pth"),
+        (["--tune_out", "8", "--adapter", "decoder"], "belongs to --adapter sam_adapter"),
+    ],
+)
+def test_a_mistake_is_said_once_without_traceback(house, flags, said):
+    text = launch(house, "run.sh", *flags, code=2, NGPU="2")
+    assert text.count("error: ") == 1 and said in text, text
+
+
+def test_help_is_quick_and_complete(house):
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "code/run_sa.py", "--help"],
+        cwd=house, env=environment(), text=True, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and "--tune_out" in done.stdout and "(default: " in done.stdout
+    assert " torch\n" not in done.stderr
+
+
+def test_a_signal_saves_and_the_next_launch_goes_on_exactly(house):
+    """SIGTERM in the middle of an epoch, then --resume: the same weights as without the signal."""
+    flags = ["--batch_size", "1", "--epoch", "2", "--image_size", "128", "--workers", "1"]
+    launch(house, "run.sh", *flags, "--output_dir", "checkpoints/whole")
+    process = subprocess.Popen(
+        ["bash", "run.sh", *flags, "--output_dir", "checkpoints/cut"], cwd=house,
+        env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    metrics = house / "checkpoints/cut/metrics.jsonl"
+    for _ in range(1200):
+        if metrics.exists() and metrics.read_text().count("\n") == 1:
+            break
+        time.sleep(0.1)
+    time.sleep(0.5)  # into the second epoch
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, text
+    assert "Traceback" not in text and "--resume" in text
+    assert metrics.read_text().count("\n") == 1, "the signal came too late to cut an epoch"
+    launch(house, "run.sh", "--resume", "checkpoints/cut", "--epoch", "2", "--workers", "0")
+    whole, cut = (house / "checkpoints" / name for name in ("whole", "cut"))
+    assert (whole / "metrics.jsonl").read_text() != ""
+    kept = [
+        [{k: v for k, v in json.loads(line).items() if "seconds" not in k} for line in
+         (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (whole, cut)
+    ]  # fmt: skip
+    assert kept[0] == kept[1]
+    from safetensors.numpy import load_file
+
+    first, second = (load_file(folder / "best.safetensors") for folder in (whole, cut))
+    assert first.keys() == second.keys()
+    assert all((first[name] == second[name]).all() for name in first)
+
+
+def test_isbi_2012(house, data_dir):
+    """Real data with its own names, JPEG labels and inverted polarity, split by slice number."""
+    flags = [
+        "--train_image_dir", str(data_dir / "isbi2012/images"),
+        "--train_mask_dir", str(data_dir / "isbi2012/labels"),
+        "--test_image_dir", str(data_dir / "isbi2012/images"),
+        "--test_mask_dir", str(data_dir / "isbi2012/labels"),
+        "--foreground", "below", "--train_slice", ":20", "--val_slice", "20:25",
+        "--test_slice", "25:", "--output_dir", "checkpoints/isbi",
+    ]  # fmt: skip
+    text = launch(house, "run.sh", *flags, NGPU="2", EPOCH="2", BATCH_SIZE="2")
+    assert "JPEG" in text
+    scores = scores_of(house, "checkpoints/isbi")
+    assert scores["images"] == 5
+    assert scores["box_filled"]["iou"] == pytest.approx(0.22, abs=0.03)  # membrane is 22 %
