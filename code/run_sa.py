@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
+from contextlib import contextmanager
 from dataclasses import fields
 
 from samtune import config as c
 from samtune import flags
 from samtune.adapters import ADAPTERS
-from samtune.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError
+from samtune.errors import (
+    EXIT_CRASH,
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    Interrupted,
+    UserError,
+)
 from samtune.models import MODEL_TYPES
 from samtune.run_folder import to_resume
 
@@ -31,56 +39,79 @@ def main(argv: list[str]) -> int:
     try:
         if argv and not argv[0].startswith("-"):
             raise UserError(f"unknown verb {argv[0]!r}; there are {', '.join(VERBS)}")
-        return {"train": train, "evaluate": evaluate, "benchmark": benchmark}[verb](argv)
-    except UserError as error:
-        # An error that all ranks agreed upon, or met before they knew each other, is said once.
-        if os.environ.get("RANK", "0") == "0" or getattr(error, "only_here", False):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
+        {"train": train, "evaluate": evaluate, "benchmark": benchmark}[verb](argv)
+    except (UserError, Interrupted) as error:
+        said = f"error: {error}" if isinstance(error, UserError) else str(error)
+        code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_INTERRUPTED
+    except Exception as error:
+        said, code = "".join(traceback.format_exception(error)), EXIT_CRASH
+    else:
+        return 0
+    # Ranks that had met agreed who speaks; before that all found the same, and rank 0 says it.
+    if processes.speaks if processes.met else os.environ.get("RANK", "0") == "0":
+        print(said.rstrip(), file=sys.stderr, flush=True)
+    return code
 
 
-def train(argv: list[str]) -> int:
+def train(argv: list[str]) -> None:
     """Train; then score the best state if test images are known."""
     folder = to_resume(flags.peek(argv, "resume", ""), flags.peek(argv, "output_dir", ""))
-    base = str(folder.config) if folder else None
-    config, parsed = read(c.TrainConfig, "train", argv, base)
-    from samtune.train import Interrupted, run  # torch is imported here, not for --help
+    config, _ = read(c.TrainConfig, "train", argv, str(folder.config) if folder else None)
+    with processes(config.run.timeout) as process:
+        from samtune.train import run
 
-    try:
-        done = run(config, folder, parsed)
-    except Interrupted as interrupted:
-        if os.environ.get("RANK", "0") == "0":
-            print(interrupted, file=sys.stderr, flush=True)
-        return EXIT_INTERRUPTED
-    if done.test.test_image_dir:
-        from samtune.evaluate import run as score
+        done = run(config, folder, process)
+        if done.test.test_image_dir:
+            from samtune.evaluate import run as score
 
-        score(c.EvaluateConfig(
-            c.EvaluateOptions(run=done.run.output_dir), done.test, done.read, done.loader, {}
-        ))  # fmt: skip
-    return 0
+            scored = c.EvaluateOptions(run=done.run.output_dir)
+            score(c.EvaluateConfig(scored, done.test, done.read, done.loader, {}), process)
 
 
-def evaluate(argv: list[str]) -> int:
+def evaluate(argv: list[str]) -> None:
     """Score a run."""
     groups = [c.EvaluateOptions, c.TestDataOptions, c.ReadOptions, c.LoaderOptions]
     parsed = flags.parse(
         "run_sa.py evaluate", VERBS["evaluate"], groups, argv, retired=c.RETIRED, choices=CHOICES
     )
     remark(parsed)
-    from samtune.evaluate import run
+    with processes() as process:
+        from samtune.evaluate import run
 
-    run(c.EvaluateConfig(*parsed.instances, parsed.given))
-    return 0
+        run(c.EvaluateConfig(*parsed.instances, parsed.given), process)
 
 
-def benchmark(argv: list[str]) -> int:
+def benchmark(argv: list[str]) -> None:
     """Time training steps."""
     config, _ = read(c.BenchmarkConfig, "benchmark", argv)
-    from samtune.benchmark import run
+    with processes(config.run.timeout) as process:
+        from samtune.benchmark import run
 
-    run(config)
-    return 0
+        run(config, process)
+
+
+class Processes:
+    """This process among those that torchrun started. torch is imported here, not for --help."""
+
+    met = False  # have the ranks met?
+    speaks = True  # is this the rank that tells of the failure?
+
+    @contextmanager
+    def __call__(self, timeout: int = 60):
+        from samtune.engine import distributed
+
+        process = distributed.start(timeout)
+        self.met = True
+        try:
+            yield process
+        except Exception:
+            self.speaks = distributed.first_to_fail()
+            raise
+        finally:
+            distributed.shutdown()
+
+
+processes = Processes()
 
 
 def read(kind: type, verb: str, argv: list[str], base: str | None = None):

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import resource
 import time
+from dataclasses import replace
 
 import torch
 
-from samtune.adapters import build_model
+from samtune.adapters import ADAPTERS, build_model
 from samtune.config import BenchmarkConfig
 from samtune.engine import distributed
 from samtune.engine.distributed import Process
 from samtune.engine.optim import build_optimizer, build_schedule
-from samtune.engine.trainer import Trainer
+from samtune.engine.trainer import Trainer, explain_out_of_memory
 from samtune.losses import MaskLoss
 from samtune.metrics.region import region_scores
 from samtune.models.weights import find_checkpoint
@@ -23,8 +24,116 @@ from samtune.structures import Batch, Frame, Frames, Prompts
 def run(config: BenchmarkConfig, process: Process) -> dict:
     """Time `--steps` optimizer steps after `--warmup` untimed ones; print one JSON line as the last.
 
-    Weights are random unless --checkpoint names a file: speed does not depend on them.
+    Weights are random unless --checkpoint names a file: speed does not depend on them. Images are
+    square and fill the frame; the loss is taken there.
     """
-    options = config.model
-    checkpoint = None if options.checkpoint in ("auto", "none") else find_checkpoint(options)
-    trained = "adapter" if options.train == "auto" else options.train
+    with distributed.together():
+        options = config.model
+        ADAPTERS[options.adapter].check(options, config.prompts.prompt)
+        checkpoint = None if options.checkpoint == "auto" else find_checkpoint(options)
+        if options.train == "auto":
+            options = replace(options, train="adapter")
+        model = build_model(
+            options, config.adapter, config.prompts.prompt, checkpoint, config.run.seed
+        )
+    distributed.seed_everything(config.run.seed, process.rank, config.run.deterministic)
+    counts = {
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "total_parameters": sum(p.numel() for p in model.parameters()),
+    }
+    image_size, loss = model.image_size, replace(config.loss, loss_resolution="frame")
+    wrapped = distributed.wrap(model, process)
+    optimizer = build_optimizer(wrapped, config.optim)
+    steps = config.benchmark.warmup + config.benchmark.steps
+    trainer = Trainer(
+        wrapped,
+        MaskLoss(loss),
+        [lambda prediction, batch: region_scores(prediction, batch, "frame")],
+        optimizer,
+        build_schedule(optimizer, config.optim, steps),
+        process,
+        clip_norm=config.optim.clip_norm,
+        precision=config.optim.precision,
+    )
+    batch = random_batch(config.loader.batch_size, image_size, config.prompts.prompt)
+    micro_batches = [batch] * config.optim.accumulate
+    count = len(micro_batches) * config.loader.batch_size * process.world
+    model.train()
+    with explain_out_of_memory():
+        seconds = _time(trainer, micro_batches, count, config, process)
+    result = {
+        "images_per_second": round(count / seconds, 4),
+        "seconds_per_step": round(seconds, 6),
+        "peak_memory_bytes": peak_memory(process),
+        **counts,
+        "adapter": options.adapter,
+        "model_type": options.model_type,
+        "image_size": image_size,
+        "batch_size": config.loader.batch_size,
+        "accumulate": config.optim.accumulate,
+        "processes": process.world,
+        "precision": trainer.precision,
+        "train": options.train,
+        "prompt": config.prompts.prompt,
+        "steps": config.benchmark.steps,
+        "device": device_name(process),
+        "torch": torch.__version__,
+    }
+    if process.is_main:
+        print(json.dumps(result), flush=True)
+    return result
+
+
+def random_batch(batch_size: int, image_size: int, prompt: str) -> Batch:
+    """Images of noise with a box-shaped object each, in frames without padding."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch_size, 3, image_size, image_size)
+    image = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    low, high = image_size // 4, 3 * image_size // 4
+    target = torch.zeros(batch_size, image_size, image_size, dtype=torch.uint8)
+    target[:, low:high, low:high] = 1
+    boxes = torch.tensor([[low, low, high, high]] * batch_size, dtype=torch.float32)
+    size = (image_size, image_size)
+    return Batch(
+        image,
+        target,
+        Prompts(boxes=boxes if prompt == "box" else None),
+        Frames.collate([Frame(size, size)] * batch_size, size),
+        torch.ones(batch_size),
+        ids=["random"] * batch_size,
+        paths=["random"] * batch_size,
+    )
+
+
+def _time(trainer, micro_batches, count: int, config: BenchmarkConfig, process: Process) -> float:
+    """Seconds per step, mean over the timed ones."""
+    for step in range(config.benchmark.warmup + config.benchmark.steps):
+        if step == config.benchmark.warmup:
+            _wait(process)
+            if process.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(process.device)
+            start = time.perf_counter()
+        trainer.train_step(micro_batches, count)
+    trainer.check()
+    _wait(process)
+    return (time.perf_counter() - start) / config.benchmark.steps
+
+
+def _wait(process: Process) -> None:
+    """Until the device has done all that was queued."""
+    if process.device.type == "cuda":
+        torch.cuda.synchronize(process.device)
+
+
+def peak_memory(process: Process) -> int:
+    """Bytes: allocated on the GPU during the timed steps, or resident in RAM over the whole run."""
+    if process.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(process.device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+
+
+def device_name(process: Process) -> str:
+    """What the steps ran on."""
+    if process.device.type == "cuda":
+        return torch.cuda.get_device_name(process.device)
+    return f"CPU, {torch.get_num_threads()} threads"

@@ -9,6 +9,10 @@ class UserError(Exception):
     """
 
 
+class Interrupted(Exception):
+    """A signal ended the run between two steps; its state was saved and can be resumed."""
+
+
 EXIT_CRASH = 1  # a defect of the program: the traceback is printed
 EXIT_USER_ERROR = 2  # the same code that argparse uses for a wrong flag
 EXIT_INTERRUPTED = 75  # a signal ended the run after its state was saved: `--resume auto` goes on

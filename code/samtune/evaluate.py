@@ -29,7 +29,6 @@ from samtune.losses import MaskLoss
 from samtune.metrics.region import region_scores
 from samtune.pictures import overlay, sheet, truth_picture, write_png
 from samtune.pipeline import (
-    agreed,
     check_pairs,
     evaluation_loader,
     filled_box,
@@ -50,7 +49,7 @@ def run(config: EvaluateConfig, process: Process) -> dict:
     Raises UserError on all ranks for a run, a checkpoint or test data that cannot be used.
     """
     wanted = config.evaluate
-    with agreed():
+    with distributed.together():
         file = trained_file(wanted.run or newest().path)
         metadata = read_metadata(file)
         test, read, prompts = _inherit(config, metadata)
@@ -63,7 +62,7 @@ def run(config: EvaluateConfig, process: Process) -> dict:
             folder.path.mkdir(parents=True, exist_ok=True)
     logbook = Logbook.console(process)
     report = check_pairs("test", pairs, read, process, logbook)
-    with agreed():
+    with distributed.together():
         asked = usable("test", pairs, report, prompts, logbook)
 
     image_size = models["tuned"].image_size

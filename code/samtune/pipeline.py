@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
@@ -19,17 +17,6 @@ from samtune.engine.logbook import Logbook
 from samtune.errors import UserError
 from samtune.metrics.region import overlap
 from samtune.structures import IGNORE, Batch, Prediction
-
-
-@contextmanager
-def agreed():
-    """A user's mistake that any rank meets inside is raised on all of them, so none waits."""
-    mistake = None
-    try:
-        yield
-    except UserError as error:
-        mistake = error
-    distributed.agree(mistake)
 
 
 def load_pairs(

@@ -26,6 +26,7 @@ class RunFolder:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
         self.metrics = self.path / "metrics.jsonl"
+        self.curves = self.path / "curves.png"
         self.best = self.path / "best.safetensors"
         self.best_pth = self.path / "best.pth"
         self.last = self.path / "last.pt"

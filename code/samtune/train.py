@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import yaml
@@ -11,23 +11,24 @@ from samtune import __version__, flags
 from samtune.adapters import ADAPTERS, build_model
 from samtune.config import TrainConfig
 from samtune.data.datasets import SegmentationDataset
+from samtune.data.files import Pair
 from samtune.data.loading import make_loader
 from samtune.data.sample_data import make_sample_set
 from samtune.data.sampler import TrainPlan
 from samtune.engine import distributed
-from samtune.engine.checkpoint import save_adapted, save_parent
+from samtune.engine.checkpoint import Checkpoints
 from samtune.engine.distributed import Process
 from samtune.engine.evaluator import Evaluator
 from samtune.engine.logbook import Logbook, parameter_summary
 from samtune.engine.optim import build_optimizer, build_schedule
-from samtune.engine.trainer import Interrupted, Trainer
+from samtune.engine.trainer import Trainer
+from samtune.errors import UserError
 from samtune.losses import MaskLoss
 from samtune.metrics.region import region_scores
+from samtune.models.segmenter import PromptedSam
 from samtune.models.weights import file_sha256, find_checkpoint
-from samtune.pipeline import agreed, check_pairs, evaluation_loader, load_pairs, usable
+from samtune.pipeline import check_pairs, evaluation_loader, load_pairs, usable
 from samtune.run_folder import RunFolder, new_name
-
-__all__ = ["Interrupted", "run"]
 
 SAMPLE_SET = Path("dataset/sample")
 
@@ -35,12 +36,191 @@ SAMPLE_SET = Path("dataset/sample")
 def run(config: TrainConfig, resumed: RunFolder | None, process: Process) -> TrainConfig:
     """Train until the last epoch, early stopping or a signal. Returns the completed config.
 
-    Raises UserError for a mistake in the input, on all ranks alike, before the first step; and
-    Interrupted after a signal, once `last.pt` is written.
+    resumed: the run that goes on, None for a new one. Raises UserError for a mistake in the input,
+    on all ranks alike and before the first step; Interrupted after a signal, once `last.pt` is
+    written.
     """
-    with agreed():
+    with distributed.together():
         config = _complete(config, resumed, process)
-        folder = RunFolder(config.run.output_dir)
-        if process.is_main and resumed is None:
-            folder.create()
-            folder.config.write_text(yaml.safe_dump(flags.dump(_groups(config)), sort_keys=False))
+        model, metadata = _build(config, process)
+        train_pairs, val_pairs = _find(config)
+    folder = RunFolder(config.run.output_dir)
+    with distributed.together():
+        if process.is_main:
+            _open(folder, config, resumed)
+    saved = Checkpoints(folder, metadata, config.run.save_pth)
+    with distributed.together():
+        state = saved.load_last() if resumed else None
+    logbook = Logbook(
+        folder.path, process, config.log, flags.dump(_groups(config)),
+        keep_before_epoch=state["progress"]["epoch"] + 1 if state else 1,
+    )  # fmt: skip
+    try:
+        train_pairs, val_pairs = _check(config, train_pairs, val_pairs, process, logbook)
+        _introduce(config, model, len(train_pairs), len(val_pairs), process, logbook)
+        result = _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state)
+        logbook.curves()
+        logbook.say(f"best: epoch {result.best_epoch}, validation {config.run.monitor} "
+                    f"{result.best:.5f}{' (stopped early)' if result.stopped_early else ''}")  # fmt: skip
+        logbook.say(f"saved: {folder.best}   curves: {folder.curves}")
+    finally:
+        logbook.close()
+    return config
+
+
+def _groups(config: TrainConfig) -> list:
+    """The option groups of a config, in the order of its fields."""
+    return [getattr(config, f.name) for f in fields(config)]
+
+
+def _complete(config: TrainConfig, resumed: RunFolder | None, process: Process) -> TrainConfig:
+    """Fill in what was left open: the sample set, the folders of validation, the run's folder."""
+    data, test, run = config.data, config.test, config.run
+    if resumed:
+        run = replace(run, output_dir=str(resumed.path))
+    elif not run.output_dir:
+        run = replace(run, output_dir=str(new_name(config.model.adapter, config.model.model_type)))
+    run = replace(run, output_dir=distributed.broadcast_object(run.output_dir))
+    if not data.train_image_dir:
+        if process.local_rank == 0:
+            make_sample_set(SAMPLE_SET)
+        distributed.barrier()
+        where = {
+            f"{split}_{kind}_dir": str(SAMPLE_SET / split / kind)
+            for split in ("train", "val", "test")
+            for kind in ("image", "mask")
+        }
+        data = replace(data, **{k: v for k, v in where.items() if not k.startswith("test")})
+        if not test.test_image_dir:
+            test = replace(test, **{k: v for k, v in where.items() if k.startswith("test")})
+    if not data.val_image_dir:
+        if not data.val_slice:
+            raise UserError(
+                "there is nothing to validate on: set --val_image_dir and --val_mask_dir, or take "
+                "a part of the training folders by --train_slice :80 --val_slice 80:"
+            )
+        data = replace(
+            data, val_image_dir=data.train_image_dir, val_mask_dir=data.train_mask_dir
+        )
+    if test.test_slice and not test.test_image_dir:
+        test = replace(
+            test, test_image_dir=data.train_image_dir, test_mask_dir=data.train_mask_dir
+        )
+    return replace(config, data=data, test=test, run=run)
+
+
+def _build(config: TrainConfig, process: Process) -> tuple[PromptedSam, dict]:
+    """The model with its base weights, and what its checkpoint files say about it."""
+    adapter = ADAPTERS[config.model.adapter]
+    adapter.check(config.model, config.prompts.prompt)
+    base = find_checkpoint(config.model)
+    seed, prompt = config.run.seed, config.prompts.prompt
+    model = build_model(config.model, config.adapter, prompt, base, seed)
+    metadata = {
+        "samtune": __version__,
+        "adapter": config.model.adapter,
+        "model_type": config.model.model_type,
+        "image_size": model.image_size,
+        "base_file": base.name if base else "",
+        "base_sha256": file_sha256(base) if base else "",
+        "pixel_mean": model.pixel_mean.flatten().tolist(),
+        "pixel_std": model.pixel_std.flatten().tolist(),
+        "config": flags.dump(_groups(config)),
+    }
+    return model, metadata
+
+
+def _find(config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
+    data, read = config.data, config.read
+    train = load_pairs("train", data.train_image_dir, data.train_mask_dir, data.train_slice, read)
+    val = load_pairs("val", data.val_image_dir, data.val_mask_dir, data.val_slice, read)
+    twice = {pair.image_path for pair in train} & {pair.image_path for pair in val}
+    if twice:
+        raise UserError(
+            f"{len(twice)} images are in training and in validation, {sorted(twice)[0]} for one; "
+            "validation would be blind: separate them by folders or by --train_slice, --val_slice"
+        )
+    return train, val
+
+
+def _open(folder: RunFolder, config: TrainConfig, resumed: RunFolder | None) -> None:
+    if resumed is None:
+        folder.create()
+    folder.config.write_text(yaml.safe_dump(flags.dump(_groups(config)), sort_keys=False))
+
+
+def _check(config, train_pairs, val_pairs, process, logbook) -> tuple[list[Pair], list[Pair]]:
+    """Read every file once; drop what cannot be asked about."""
+    kept = []
+    for name, pairs in (("training", train_pairs), ("validation", val_pairs)):
+        report = check_pairs(name, pairs, config.read, process, logbook)
+        kept.append(usable(name, pairs, report, config.prompts, logbook))
+    return kept[0], kept[1]
+
+
+def _introduce(config, model, training: int, validation: int, process, logbook) -> None:
+    """Say what is about to happen."""
+    logbook.say(parameter_summary(model))
+    if model.load_report:
+        logbook.say(f"weights: {model.load_report.summary()}")
+    else:
+        logbook.say("weights: random; image encoder and mask decoder train too (--train)")
+    logbook.say(
+        f"{config.model.adapter} on {config.model.model_type} at {model.image_size} px; "
+        f"{training} training and {validation} validation images; {process.world} process(es) on "
+        f"{process.device.type}; prompt: {config.prompts.prompt}; run: {config.run.output_dir}"
+    )
+
+
+def _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state):
+    """The one legal order: seed -> device and DDP -> optimizer -> steps."""
+    run, options, loader = config.run, config.optim, config.loader
+    distributed.seed_everything(run.seed, process.rank, run.deterministic)
+    image_size = model.image_size
+    plan = TrainPlan(
+        len(train_pairs), loader.batch_size, options.accumulate, process.rank, process.world,
+        run.seed,
+    )  # fmt: skip
+    dataset = SegmentationDataset(
+        train_pairs, config.read, image_size, config.prompts, config.loss.loss_resolution,
+        augment=config.data.augment, seed=run.seed, train=True,
+    )  # fmt: skip
+    criterion = MaskLoss(config.loss)
+    wrapped = distributed.wrap(model, process)
+    optimizer = build_optimizer(wrapped, options)
+    schedule = build_schedule(optimizer, options, run.epoch * plan.steps_per_epoch)
+    trainer = Trainer(
+        wrapped, criterion, [_at(config.loss.loss_resolution)], optimizer, schedule, process,
+        clip_norm=options.clip_norm, precision=options.precision,
+    )  # fmt: skip
+
+    on_gpu = process.device.type == "cuda"
+    val_loader = evaluation_loader(
+        val_pairs, config.read, config.prompts, image_size, loader, process
+    )
+    # Validation is scored as the user will see it: at each image's own size.
+    val_loss = MaskLoss(replace(config.loss, loss_resolution="original"))
+    evaluator = Evaluator(
+        model, [lambda *a: _named(*val_loss(*a)), region_scores], process, trainer.precision
+    )
+
+    def make_batches(epoch: int, first_step: int):
+        return make_loader(dataset, plan.batches(epoch, first_step), loader.workers, on_gpu)
+
+    def validate() -> dict[str, float]:
+        with logbook.progress(len(val_loader), "validation") as bar:
+            return evaluator.run(val_loader, bar.update).scores
+
+    return trainer.fit(
+        plan, make_batches, validate, logbook, saved,
+        epochs=run.epoch, monitor=run.monitor, patience=run.patience, resume=state,
+    )  # fmt: skip
+
+
+def _named(total, terms) -> dict:
+    return {"loss": total, **terms}
+
+
+def _at(resolution: str):
+    """IoU and Dice of training batches where their target lies."""
+    return lambda prediction, batch: region_scores(prediction, batch, resolution)
