@@ -177,13 +177,16 @@ def wrap(model: nn.Module, process: Process) -> nn.Module:
     if process.world == 1:
         return model
     synchronise_batch_norm(model, process.device)
-    return DistributedDataParallel(
+    wrapped = DistributedDataParallel(
         model,
         device_ids=[process.device] if process.device.type == "cuda" else None,
-        broadcast_buffers=False,  # equal on all ranks: frozen, or from synchronised BatchNorm
         gradient_as_bucket_view=True,
         find_unused_parameters=False,  # what no loss reads is frozen
     )
+    # Buffers were made equal just now and stay so: frozen, or of a synchronised BatchNorm. Set here
+    # because the argument's name depends on torch's version, and may skip that first time too.
+    wrapped.broadcast_buffers = False
+    return wrapped
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -1,7 +1,7 @@
 """Training: `train_step` is a step, `fit` repeats it, watches over it and can be interrupted.
 
-Everything comes from outside (model, loss, scores, plan of the samples, loader, validation), so this
-file knows no adapter, no data set and no file format; the run's folder does the writing.
+Everything comes from outside (model, loss, scores, plan of the samples, loader, validation), so
+this file knows no adapter, no data set and no file format; the run's folder does the writing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from typing import Any
 
@@ -23,11 +23,14 @@ from samtune.engine import distributed
 from samtune.engine.checkpoint import RunFolder, adapted_state, load_adapted_state
 from samtune.engine.distributed import Process, StopSignal
 from samtune.engine.optim import autocast, resolve_precision
+from samtune.engine.progress import Progress, Sums, describe_plan
 from samtune.errors import UserError
 from samtune.structures import Batch, Prediction
 
 Criterion = Callable[[Prediction, Batch], tuple[Tensor, dict[str, Tensor]]]
 Scorer = Callable[[Prediction, Batch], dict[str, Tensor]]
+# What is kept of a micro-batch: its files, the file of each row (None: in order), its losses (R,).
+_Seen = tuple[list[str], Tensor | None, dict[str, Tensor]]
 
 # fp16's loss scale halves at each overflow: from 2^16, this many in a row leave nothing to halve.
 _OVERFLOWS_IN_A_ROW = 30
@@ -35,28 +38,6 @@ _OVERFLOWS_IN_A_ROW = 30
 
 class Interrupted(Exception):
     """A signal ended the run between two steps; its state was saved and can be resumed."""
-
-
-@dataclass
-class Progress:
-    """How far a run is: `epoch` epochs are complete, and `step` steps of the one after them."""
-
-    epoch: int = 0
-    step: int = 0
-    lr: float = 0.0  # of the latest step
-    best: float = math.nan  # the monitored score of the best epoch; NaN before the first real one
-    best_epoch: int = 0  # counted from 1, as in the records; 0: none yet
-    stale: int = 0  # epochs since the best one
-
-    def judge(self, score: float, monitor: str) -> bool:
-        """Count a validated epoch; True if it is the best so far. NaN never is an improvement."""
-        sign = -1 if monitor == "loss" else 1
-        better = not math.isnan(score) and not sign * score <= sign * self.best
-        self.stale = 0 if better else self.stale + 1
-        if better or self.best_epoch == 0:  # the first epoch is kept whatever it scored
-            self.best, self.best_epoch = score, self.epoch + 1
-            return True
-        return False
 
 
 @dataclass(frozen=True)
@@ -69,43 +50,6 @@ class FitResult:
     stopped_early: bool
 
 
-@dataclass
-class Sums:
-    """Weighted sums of per-row values by name, in float64 on the device, without waiting for it."""
-
-    device: torch.device
-    names: list[str] = field(default_factory=list)
-    values: Tensor | None = None  # (1 + names,), the first one sums the weights
-
-    @torch.no_grad()
-    def add(self, rows: dict[str, Tensor], weight: Tensor) -> None:
-        """rows: name -> (R,) values; weight: (R,)."""
-        if self.values is None:
-            self.load(dict.fromkeys(["weight", *rows], 0.0))
-        stacked = torch.stack([torch.ones_like(weight), *(rows[name] for name in self.names)])
-        self.values += stacked.double() @ weight.double()
-
-    def means(self) -> dict[str, float]:
-        """Collective. The weighted mean of each name over all ranks."""
-        total = distributed.all_reduce_sum(self.values).cpu()
-        return dict(zip(self.names, (total[1:] / total[0]).tolist(), strict=True))
-
-    def state(self) -> dict[str, float]:
-        if self.values is None:
-            return {}
-        return dict(zip(["weight", *self.names], self.values.tolist(), strict=True))
-
-    def load(self, state: dict[str, float]) -> None:
-        self.names = [name for name in state if name != "weight"]
-        self.values = None
-        if state:
-            self.values = torch.tensor(
-                [state["weight"], *(state[name] for name in self.names)],
-                dtype=torch.float64,
-                device=self.device,
-            )
-
-
 @dataclass(frozen=True)
 class _Watched:
     """What must be known of a step to say what went wrong in it."""
@@ -113,8 +57,7 @@ class _Watched:
     name: str
     norm: Tensor  # of the gradient, on its way to the host
     arrived: torch.cuda.Event | None
-    # of each micro-batch: its files, the file of each row (None: in order), its losses (R,)
-    micro_batches: list[tuple[list[str], Tensor | None, dict[str, Tensor]]]
+    seen: list[_Seen]
 
 
 class Trainer:
@@ -168,7 +111,8 @@ class Trainer:
                 for term in (prediction.aux or {}).values():  # a mean over the micro-batch
                     loss = loss + term * batch.weight.sum()
                 self.scaler.scale(loss * scale).backward()
-            seen.append((batch, self._score(prediction, batch, total, terms)))
+            losses = self._score(prediction, batch, total, terms)
+            seen.append((batch.paths or batch.ids, batch.prompts.image_index, losses))
         self.scaler.unscale_(self.optimizer)
         norm = self._clip()
         self.scaler.step(self.optimizer)
@@ -199,16 +143,15 @@ class Trainer:
             nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
         return norm
 
-    def _watch(self, norm: Tensor, seen: list[tuple[Batch, dict[str, Tensor]]]) -> None:
+    def _watch(self, norm: Tensor, seen: list[_Seen]) -> None:
         """Send this step's gradient norm to the host, and look at the one before, now arrived."""
         arrived = None
         if norm.is_cuda:
             norm = torch.empty_like(norm, device="cpu", pin_memory=True).copy_(norm, True)
             arrived = torch.cuda.Event()
             arrived.record()
-        micro_batches = [(b.paths or b.ids, b.prompts.image_index, losses) for b, losses in seen]
         name = f"step {self.steps_done} (epoch {self.progress.epoch + 1})"
-        previous, self._watched = self._watched, _Watched(name, norm, arrived, micro_batches)
+        previous, self._watched = self._watched, _Watched(name, norm, arrived, seen)
         self._examine(previous)
 
     def check(self) -> None:
@@ -342,7 +285,7 @@ class Trainer:
                         "optimizer": self.optimizer.state_dict(),
                         "scaler": self.scaler.state_dict(),
                         "progress": asdict(self.progress),
-                        "plan": _describe(plan, epochs),
+                        "plan": describe_plan(plan, epochs),
                         "ranks": of_ranks,
                     }
                 )
@@ -361,7 +304,9 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
         remarks = self._restore_ranks(state["ranks"])
-        remarks += self._find_position(state["plan"], _describe(plan, epochs))
+        remarks += self.progress.relocate(state["plan"], describe_plan(plan, epochs))
+        if self.progress.step == 0:
+            self.sums = Sums(self.process.device)
         self.steps_done = self.progress.epoch * plan.steps_per_epoch + self.progress.step
         _move_schedule(self.schedule, self.steps_done)
         return remarks
@@ -378,30 +323,6 @@ class Trainer:
         total = {name: sum(r["sums"][name] for r in ranks) for name in ranks[0]["sums"]}
         self.sums.load(total if rank == 0 else dict.fromkeys(total, 0.0))
         return [f"resumed on {world} process(es) instead of {len(ranks)}: results may differ a bit"]
-
-    def _find_position(self, saved: dict[str, int], now: dict[str, int]) -> list[str]:
-        """Where in the epoch the plan of now goes on, if it deals the samples differently."""
-        remarks, progress = [], self.progress
-        epoch = progress.epoch + 1
-        if progress.step and any(now[name] != saved[name] for name in ("samples", "seed")):
-            remarks.append(f"images or --seed are not those of the run: epoch {epoch} starts anew")
-            progress.step, self.sums = 0, Sums(self.process.device)
-        elif progress.step and now["samples_per_step"] != saved["samples_per_step"]:
-            done = min(progress.step * saved["samples_per_step"], saved["samples"])
-            progress.step, again = divmod(done, now["samples_per_step"])
-            if done == saved["samples"]:
-                progress.step, again = -(-done // now["samples_per_step"]), 0
-            remarks.append(
-                f"a step has {now['samples_per_step']} images instead of "
-                f"{saved['samples_per_step']}: epoch {epoch} goes on after {done - again} images"
-                + (f"; {again} images are seen twice" if again else "")
-            )
-        if now["total_steps"] != saved["total_steps"]:
-            remarks.append(
-                f"the run has {now['total_steps']} steps instead of {saved['total_steps']}: from "
-                "here on the learning rate follows the new length"
-            )
-        return remarks
 
 
 @contextmanager
@@ -431,7 +352,7 @@ def _mark_last(items: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
 def _diagnose(watched: _Watched) -> str:
     """Collective. Which loss of which images was not finite, over all ranks."""
     mine, images = [], []
-    for files, index, losses in watched.micro_batches:
+    for files, index, losses in watched.seen:
         rows = files if index is None else [files[i] for i in index.tolist()]
         images += rows
         mine += [
@@ -455,21 +376,12 @@ def _diagnose(watched: _Watched) -> str:
     )
 
 
-def _describe(plan, epochs: int) -> dict[str, int]:
-    """What decides which sample is seen when."""
-    return {
-        "samples": plan.samples,
-        "samples_per_step": plan.samples_per_step,
-        "seed": plan.seed,
-        "total_steps": epochs * plan.steps_per_epoch,
-    }
-
-
 def _move_schedule(schedule: LambdaLR, step: int) -> None:
     """Set the learning rates of optimizer step `step`, as if all before it had been taken."""
     schedule.last_epoch = step
-    for group, lr in zip(schedule.optimizer.param_groups, schedule.get_lr(), strict=True):
-        group["lr"] = lr
+    groups, factors = schedule.optimizer.param_groups, schedule.lr_lambdas
+    for group, base_lr, factor in zip(groups, schedule.base_lrs, factors, strict=True):
+        group["lr"] = base_lr * factor(step)
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor | None]:
