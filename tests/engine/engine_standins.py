@@ -52,6 +52,7 @@ class TinySegmenter(nn.Module):
         self.adapter = nn.Sequential(convolution, norm, nn.GELU())
         self.mask_decoder.mask.requires_grad_(True)
         self.dropout, self.aux = nn.Dropout(dropout), aux
+        self.train()
 
     def forward(self, image, prompts, valid_size):
         features = self.image_encoder(image.float() / 255)

@@ -159,12 +159,12 @@ def _load(model: nn.Module, path, state: Mapping[str, Tensor], exact: bool) -> l
             + "; ".join(said)
         )
     model.load_state_dict(state, strict=False)  # every key was accounted for above
-    return list(state)
+    return [key for key in ours if key in state]
 
 
 def _shorten(names: list[str]) -> str:
     more = len(names) - _SHOWN_NAMES
-    return ", ".join(names[:_SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(sorted(names)[:_SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def _rename(state: Mapping[str, Tensor], renames: Renames) -> dict[str, Tensor]:
