@@ -119,9 +119,7 @@ def test_another_adapter_or_base_size_is_refused_with_the_differing_names(tmp_pa
         load_adapted(new_model(), path)
     save_adapted(path, new_model(), METADATA)
     before = dict(adapted_state(other := new_model(width=6)))
-    with pytest.raises(
-        UserError, match=r"another shape: adapter\.0\.weight \(4, 4, 3, 3\) instead"
-    ):
+    with pytest.raises(UserError, match=r"another shape: adapter\.0\.weight \(4, 4, 3, 3\)"):
         load_adapted(other, path)
     assert same(before, adapted_state(other))  # refused before anything was loaded
 

@@ -1,5 +1,7 @@
 """AdamW decays what it should; the learning rate ends where it should."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from engine_standins import new_model
@@ -31,7 +33,7 @@ def test_the_cosine_falls_and_ends_at_its_floor_for_any_data_size(total_steps, m
     lrs = rates(total_steps, min_lr=min_lr)
     assert lrs[0] == pytest.approx(0.1)
     assert lrs[-1] == pytest.approx(min_lr, abs=1e-15)
-    assert all(a > b for a, b in zip(lrs, lrs[1:], strict=False))
+    assert all(a > b for a, b in pairwise(lrs))
 
 
 def test_warm_up_is_linear_and_reaches_the_peak():
