@@ -84,8 +84,9 @@ class Sums:
         """rows: name -> (R,) values; weight: (R,)."""
         if self.values is None:
             self.load(dict.fromkeys(["weight", *rows], 0.0))
-        stacked = torch.stack([torch.ones_like(weight), *(rows[name] for name in self.names)])
-        self.values += stacked.double() @ weight.double()
+        weight = weight.double()
+        columns = [torch.ones_like(weight), *(rows[name].double() for name in self.names)]
+        self.values += torch.stack(columns) @ weight
 
     def means(self) -> dict[str, float]:
         """Collective. The weighted mean of each name over all ranks."""
