@@ -1,0 +1,266 @@
+"""What a run leaves on disk: what was tuned (best), and everything needed to go on (last).
+
+The *adapted state* is a complement: whatever the model needs that the base checkpoint does not
+hold. It lies in safetensors with a JSON description beside the tensors, so that the file alone says
+which model it belongs to. The *run state* is the adapted state plus optimizer, position and random
+number generators; it is read with `weights_only=True`, so it holds tensors and plain values only.
+
+A file is written under another name, flushed to the disk and only then given its own name: a crash
+in between leaves the old file whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from samtune.engine.distributed import unwrap
+from samtune.errors import UserError
+
+IDENTITY = ("adapter", "model_type", "image_size", "base_sha256")  # what a file cannot change
+_METADATA_KEY = "samtune"
+_SHOWN_NAMES = 6
+
+Renames = Sequence[tuple[str, str | None]]
+
+
+class RunFolder:
+    """The files of one run. `metadata` describes the model and goes into each of them."""
+
+    def __init__(self, path: str | Path, metadata: Mapping[str, Any] = {}, save_pth: bool = False):
+        self.path, self.metadata, self.save_pth = Path(path), dict(metadata), save_pth
+        self.last = self.path / "last.pt"
+        self.best = self.path / "best.safetensors"
+        self.best_pth = self.path / "best.pth"
+
+    def save_best(self, model: nn.Module, **facts) -> None:
+        """Write the adapted state; `facts` (epoch, scores) join the metadata."""
+        save_adapted(self.best, model, self.metadata | facts)
+        if self.save_pth:
+            save_parent(self.best_pth, model)
+
+    def save_last(self, state: Mapping[str, Any]) -> None:
+        save_run_state(self.last, {**state, "metadata": self.metadata})
+
+    def load_last(self) -> dict[str, Any]:
+        """The run state. Raises UserError if it belongs to another model than this run's."""
+        state = load_run_state(self.last)
+        require_same(self.last, state.get("metadata", {}), self.metadata)
+        return state
+
+
+def adapted_state(model: nn.Module) -> dict[str, Tensor]:
+    """Copies, on the CPU, of all persistent state that the model's base checkpoint does not hold.
+
+    A key is part of it if it is not in `model.base_keys`, or trains, or is a buffer of a module
+    with trainable parameters (BatchNorm statistics go with the layer that moved them). A tensor
+    that appears under several names is held once, under the first.
+    """
+    model = unwrap(model)
+    keys = set(_adapted_keys(model))
+    return {key: _copy(value) for key, value in model.state_dict().items() if key in keys}
+
+
+def _adapted_keys(model: nn.Module) -> list[str]:
+    moving = set()  # ids of tensors that training changes
+    for module in model.modules():
+        parameters = [p for p in module.parameters(recurse=False) if p.requires_grad]
+        moving.update(map(id, parameters))
+        if parameters:
+            moving.update(map(id, module.buffers(recurse=False)))
+    first_name = {}
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        first_name.setdefault(id(tensor), key)
+    return [key for i, key in first_name.items() if i in moving or key not in model.base_keys]
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def save_adapted(path: str | Path, model: nn.Module, metadata: Mapping[str, Any]) -> None:
+    """Write the adapted state as safetensors, `metadata` (JSON-able) with it, atomically."""
+    content = save(adapted_state(model), {_METADATA_KEY: json.dumps(dict(metadata))})
+    write_atomically(path, lambda file: file.write(content))
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """What `save_adapted` was told about the model in this file.
+
+    Raises UserError if the file is missing, damaged, or was not written by samtune.
+    """
+    try:
+        with safe_open(_existing(path), "pt") as file:
+            return json.loads(file.metadata()[_METADATA_KEY])
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a readable safetensors file: {error}") from None
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path} does not say what model it belongs to: not samtune's") from None
+
+
+def require_same(path: str | Path, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Raise UserError if the file's model and ours differ in what makes files exchangeable."""
+    differing = [
+        f"{name} {saved[name]!r} (here {ours[name]!r})"
+        for name in IDENTITY
+        if name in saved and name in ours and saved[name] != ours[name]
+    ]
+    if differing:
+        raise UserError(f"{path} belongs to another model: {', '.join(differing)}")
+
+
+def load_adapted(model: nn.Module, path: str | Path, renames: Renames = ()) -> list[str]:
+    """Load tuned weights into a model of the same build; return the names loaded.
+
+    path: samtune's safetensors, whose keys must be exactly the model's adapted state; or a .pth/.pt
+    dict of tensors, with or without a leading `module.`, that must cover the adapted parameters and
+    may hold other state of the model too. renames: (pattern, replacement) applied to the start of
+    each key of a .pth, first match only; None drops the key (an alias, say).
+    Raises UserError with the names that are missing, unknown or of another shape.
+    """
+    if Path(path).suffix == ".safetensors":
+        return _load(model, path, _read_safetensors(path), exact=True)
+    return _load(model, path, _rename(_read_pickle(path), renames), exact=False)
+
+
+def load_adapted_state(model: nn.Module, path: str | Path, state: Mapping[str, Tensor]) -> None:
+    """Load what `adapted_state` returned; `path` is where it lay, for the error's words."""
+    _load(model, path, state, exact=True)
+
+
+def _load(model: nn.Module, path, state: Mapping[str, Tensor], exact: bool) -> list[str]:
+    model = unwrap(model)
+    ours, expected = model.state_dict(), set(_adapted_keys(model))
+    if not exact:  # the parent's files hold parameters only
+        expected &= {name for name, _ in model.named_parameters()} | (ours.keys() - model.base_keys)
+    known = expected if exact else ours.keys()
+    complaints = {
+        "missing": [key for key in ours if key in expected and key not in state],
+        "unknown": [key for key in state if key not in known],
+        "of another shape": [
+            f"{key} {tuple(state[key].shape)} instead of {tuple(ours[key].shape)}"
+            for key in state
+            if key in known and state[key].shape != ours[key].shape
+        ],
+    }
+    if said := [f"{what}: {_shorten(names)}" for what, names in complaints.items() if names]:
+        raise UserError(
+            f"{path} does not fit this model (another adapter, base or --train?); "
+            + "; ".join(said)
+        )
+    model.load_state_dict(state, strict=False)  # every key was accounted for above
+    return [key for key in ours if key in state]
+
+
+def _shorten(names: list[str]) -> str:
+    more = len(names) - _SHOWN_NAMES
+    return ", ".join(sorted(names)[:_SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def _rename(state: Mapping[str, Tensor], renames: Renames) -> dict[str, Tensor]:
+    if state and all(key.startswith("module.") for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    result = {}
+    for key, value in state.items():
+        for pattern, replacement in renames:
+            if match := re.match(pattern, key):
+                key = replacement and match.expand(replacement) + key[match.end() :]
+                break
+        if key is not None:
+            result[key] = value
+    return result
+
+
+def save_parent(path: str | Path, model: nn.Module) -> None:
+    """Write the parent repository's format: a flat dict of tensors by name, without a prefix.
+
+    The adapted state and all of the mask decoder, also the heads that stayed frozen.
+    """
+    decoder = {
+        key: _copy(value)
+        for key, value in unwrap(model).state_dict().items()
+        if key.startswith("mask_decoder.")
+    }
+    state = decoder | adapted_state(model)
+    write_atomically(path, lambda file: torch.save(state, file))
+
+
+def save_run_state(path: str | Path, state: Mapping[str, Any]) -> None:
+    """Write a dict of tensors and plain values, atomically."""
+    write_atomically(path, lambda file: torch.save(dict(state), file))
+
+
+def load_run_state(path: str | Path) -> dict[str, Any]:
+    """Read what `save_run_state` wrote, on the CPU. Raises UserError if missing or damaged."""
+    state = _torch_load(path)
+    if not isinstance(state, dict) or "model" not in state:
+        raise UserError(f"{path} is not the state of a run")
+    return state
+
+
+def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Let `write` fill the file; it appears under `path` whole or not at all.
+
+    Raises UserError if the system refuses (a full disk, a folder without permission).
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        try:
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(
+            f"{path} could not be written: {reason}; the previous file is unchanged"
+        ) from error
+
+
+def _existing(path: str | Path) -> Path:
+    if not Path(path).is_file():
+        raise UserError(f"{path}: there is no such file")
+    return Path(path)
+
+
+def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    try:
+        return load_file(_existing(path))
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a readable safetensors file: {error}") from None
+
+
+def _read_pickle(path: str | Path) -> dict[str, Tensor]:
+    state = _torch_load(path)
+    for wrapper in ("model", "state_dict", "model_state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not _all_tensors(state.values()):
+        raise UserError(f"{path} is not a dict of tensors by name")
+    return state
+
+
+def _all_tensors(values: Iterable) -> bool:
+    return all(isinstance(value, Tensor) for value in values)
+
+
+def _torch_load(path: str | Path) -> Any:
+    try:
+        return torch.load(_existing(path), map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+        first_line = str(error).split("\n")[0]
+        raise UserError(f"{path} is damaged or no checkpoint: {first_line}") from None

@@ -1,0 +1,327 @@
+"""Many processes as one: the only file that knows `torch.distributed`.
+
+`torchrun` says through the environment how many processes there are; without it there is one, and
+every function here then does the obvious thing without a process group. Tensors on a GPU travel by
+NCCL; Python objects, flags and tensors on the CPU travel by gloo.
+
+Every function called *collective* must be reached by all ranks, in the same order.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from samtune.errors import UserError
+
+_REPEATED_SECONDS = 1.0  # two signals closer than this are one Ctrl-C, told twice by torchrun
+
+
+@dataclass(frozen=True)
+class Process:
+    """Who this process is among the others. local_rank counts within one machine."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """The one that speaks and writes files."""
+        return self.rank == 0
+
+
+def start(timeout_minutes: float = 60) -> Process:
+    """Join the processes that torchrun started, or be the only one.
+
+    timeout_minutes: how long a collective waits for the other ranks before it gives up.
+    Raises UserError if a machine runs more processes than it has GPUs.
+    """
+    rank, world, local_rank = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"{os.environ.get('LOCAL_WORLD_SIZE', world)} processes were started for "
+                f"{torch.cuda.device_count()} GPU(s); lower NGPU (torchrun's --nproc_per_node)"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if world > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    return Process(rank, world, local_rank, device)
+
+
+def shutdown() -> None:
+    """Leave the process group. Not collective: a failing rank may call it alone."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def first_to_fail() -> bool:
+    """True on exactly one rank: the first that asks. It prints its error; the others keep quiet.
+
+    When a rank fails, the others see only broken connections, whose tracebacks would bury the
+    cause. Call this before `shutdown`. Not collective.
+    """
+    if not dist.is_initialized():
+        return True
+    try:
+        return dist.distributed_c10d._get_default_store().add("samtune/failed", 1) == 1
+    except (RuntimeError, ValueError):  # the store went down with another rank
+        return False
+
+
+def seed_everything(seed: int, rank: int = 0, deterministic: bool = False) -> None:
+    """Give this rank its own random numbers; choose between bitwise repeatable and fast kernels.
+
+    Ranks get different seeds, so that no two of them draw the same noise. cuDNN either tries which
+    algorithm is fastest or is deterministic, never both: trying them makes the choice random.
+    """
+    torch.manual_seed(seed + rank)  # every CUDA device too
+    np.random.seed((seed + rank) % 2**32)
+    random.seed(seed + rank)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = not deterministic
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Collective. The sum over all ranks, on every rank; `tensor` itself stays as it is."""
+    total = tensor.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total
+
+
+def gather_objects(value: Any) -> list | None:
+    """Collective. Every rank's picklable `value` in the order of ranks on rank 0, else None."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values)
+    return values
+
+
+def all_gather_objects(value: Any) -> list:
+    """Collective. Every rank's picklable `value` in the order of ranks, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_object(value: Any) -> Any:
+    """Collective. Rank 0's `value`, on every rank."""
+    if not dist.is_initialized():
+        return value
+    holder = [value]
+    dist.broadcast_object_list(holder)
+    return holder[0]
+
+
+def barrier() -> None:
+    """Collective. Wait until every rank is here; says nothing about work queued on a GPU."""
+    if dist.is_initialized():
+        dist.all_reduce(torch.zeros(1))  # on the CPU: NCCL's own barrier would occupy a GPU
+
+
+def agree(error: UserError | None) -> None:
+    """Collective. If any rank brings an error, every rank raises all of them as one UserError."""
+    messages = all_gather_objects(None if error is None else str(error))
+    if said := [message for message in messages if message is not None]:
+        raise UserError("\n".join(dict.fromkeys(said))) from error
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Collective. A UserError that any rank raises inside is raised on every rank at the end."""
+    error = None
+    try:
+        yield
+    except UserError as raised:
+        error = raised
+    agree(error)
+
+
+def wrap(model: nn.Module, process: Process) -> nn.Module:
+    """Collective. The model on its device and in DDP; the model itself where there is one process.
+
+    The one legal order: built, loaded and frozen on the CPU -> this function (device, synchronised
+    BatchNorm, DDP) -> optimizer. Training must call what is returned: DDP averages gradients only
+    if its own forward ran.
+    """
+    model = model.to(process.device)
+    if process.world == 1:
+        return model
+    synchronise_batch_norm(model, process.device)
+    wrapped = DistributedDataParallel(
+        model,
+        device_ids=[process.device] if process.device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=False,  # what no loss reads is frozen
+    )
+    # Buffers were made equal just now and stay so: frozen, or of a synchronised BatchNorm. Set here
+    # because the argument's name depends on torch's version, and may skip that first time too.
+    wrapped.broadcast_buffers = False
+    return wrapped
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DDP: for saving and evaluation, never for training."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def no_sync(model: nn.Module, active: bool) -> AbstractContextManager:
+    """Forward and backward passes inside leave the gradients unaveraged if `active`."""
+    if active and isinstance(model, DistributedDataParallel):
+        return model.no_sync()
+    return nullcontext()
+
+
+def synchronise_batch_norm(model: nn.Module, device: torch.device) -> None:
+    """Replace each *trainable* BatchNorm in place by one that sees the batch of all ranks.
+
+    Parameters and buffers stay the same objects, so do their names. A frozen one runs in eval mode
+    and needs no company. On a GPU torch's own layer is used; it refuses the CPU.
+    """
+    convert = nn.SyncBatchNorm.convert_sync_batchnorm
+    if device.type != "cuda":
+        convert = SyncedBatchNorm.replacing
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            trains = any(p.requires_grad for p in child.parameters(recurse=False))
+            if isinstance(child, _BatchNorm) and trains:
+                setattr(parent, name, convert(child))
+
+
+class SyncedBatchNorm(_BatchNorm):
+    """BatchNorm over the joined batch of all ranks, in plain torch, for the CPU."""
+
+    @classmethod
+    def replacing(cls, layer: _BatchNorm) -> SyncedBatchNorm:
+        new = cls(layer.num_features, layer.eps, layer.momentum, layer.affine)
+        new.track_running_stats, new.training = layer.track_running_stats, layer.training
+        new._parameters, new._buffers = layer._parameters, layer._buffers
+        return new
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        if x.dim() < 2:
+            raise ValueError(f"expected (N, C, ...), got {tuple(x.shape)}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, ...) -> (N, C, ...)."""
+        if not self.training or not dist.is_initialized():
+            return super().forward(x)
+        given, x = x.dtype, x.to(self.weight.dtype)  # statistics of bf16 need float32
+        others = [axis for axis in range(x.dim()) if axis != 1]
+        count = all_reduce_sum(torch.tensor(x.numel() / x.shape[1]))
+        mean = _SumOverRanks.apply(x.sum(others)) / count  # (C,)
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        centred = x - mean.view(shape)
+        variance = _SumOverRanks.apply(centred.square().sum(others)) / count  # (C,)
+        self._update_statistics(mean.detach(), variance.detach() * count / (count - 1))
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return (centred * scale.view(shape) + self.bias.view(shape)).to(given)
+
+    def _update_statistics(self, mean: Tensor, variance: Tensor) -> None:
+        if not self.track_running_stats:
+            return
+        self.num_batches_tracked.add_(1)
+        share = self.momentum
+        if share is None:  # a plain average over all batches so far
+            share = 1 / float(self.num_batches_tracked)
+        self.running_mean.lerp_(mean, share)
+        self.running_var.lerp_(variance, share)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """y = sum over ranks of x; each rank's x moves every rank's y, so gradients are summed too."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return all_reduce_sum(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return all_reduce_sum(gradient)
+
+
+class StopSignal(AbstractContextManager):
+    """A polite end: SIGTERM, SIGINT or SIGUSR1 on any rank stops all ranks after the same step.
+
+    While entered, a signal only raises a flag. `agreed`, called by every rank between two steps,
+    starts a reduction of the flags over gloo and reads the one it started a step earlier, which has
+    long arrived: no rank waits for another, and no GPU is asked. A second SIGINT aborts at once.
+    """
+
+    def __init__(self):
+        self._requested = False
+        self._first_interrupt = 0.0
+        self._pending: tuple[dist.Work, Tensor] | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame) -> None:
+        self._requested = True
+        if number != signal.SIGINT:
+            return
+        now = time.monotonic()
+        if self._first_interrupt and now - self._first_interrupt > _REPEATED_SECONDS:
+            raise KeyboardInterrupt
+        self._first_interrupt = self._first_interrupt or now
+
+    def agreed(self) -> bool:
+        """Collective, between two steps. Had any rank been signalled by the last such call?"""
+        if not dist.is_initialized():
+            return self._requested
+        if self._collect():
+            return True
+        flag = torch.tensor([float(self._requested)])
+        self._pending = dist.all_reduce(flag, async_op=True), flag
+        return False
+
+    def settle(self) -> bool:
+        """Collective. Has any rank been signalled by now? Waits for all; leaves nothing pending."""
+        earlier = self._collect()
+        now = all_reduce_sum(torch.tensor([float(self._requested)]))
+        return earlier or bool(now.item())
+
+    def _collect(self) -> bool:
+        """The outcome of the reduction under way, if any."""
+        if self._pending is None:
+            return False
+        work, flag = self._pending
+        self._pending = None
+        work.wait()
+        return bool(flag.item())

@@ -1,0 +1,109 @@
+"""How far a run is: position, best score so far, and the running sums of the epoch under way."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from samtune.engine import distributed
+
+
+@dataclass
+class Progress:
+    """How far a run is: `epoch` epochs are complete, and `step` steps of the one after them."""
+
+    epoch: int = 0
+    step: int = 0
+    lr: float = 0.0  # of the latest step
+    best: float = math.nan  # the monitored score of the best epoch; NaN before the first real one
+    best_epoch: int = 0  # counted from 1, as in the records; 0: none yet
+    stale: int = 0  # epochs since the best one
+
+    def judge(self, score: float, monitor: str) -> bool:
+        """Count a validated epoch; True if it is the best so far. NaN never is an improvement."""
+        sign = -1 if monitor == "loss" else 1
+        better = not math.isnan(score) and not sign * score <= sign * self.best
+        self.stale = 0 if better else self.stale + 1
+        if better or self.best_epoch == 0:  # the first epoch is kept whatever it scored
+            self.best, self.best_epoch = score, self.epoch + 1
+            return True
+        return False
+
+    def relocate(self, saved: dict[str, int], now: dict[str, int]) -> list[str]:
+        """Find the step from which another plan goes on; return remarks if anything differs.
+
+        saved, now: `describe_plan` of the run's plan and of the one that takes over. Another number
+        of images per step goes on at the last of its steps that leaves none out.
+        """
+        remarks, epoch = [], self.epoch + 1
+        if any(now[name] != saved[name] for name in ("samples", "seed")):
+            again = f": epoch {epoch} starts anew" if self.step else ""
+            remarks.append(f"the number of images or --seed is not the run's{again}")
+            self.step = 0
+        elif self.step and now["samples_per_step"] != saved["samples_per_step"]:
+            done = min(self.step * saved["samples_per_step"], saved["samples"])
+            self.step, again = divmod(done, now["samples_per_step"])
+            if done == saved["samples"]:
+                self.step, again = -(-done // now["samples_per_step"]), 0
+            remarks.append(
+                f"a step has {now['samples_per_step']} images instead of "
+                f"{saved['samples_per_step']}: epoch {epoch} goes on after {done - again} images"
+                + (f"; {again} images are seen twice" if again else "")
+            )
+        if now["total_steps"] != saved["total_steps"]:
+            remarks.append(
+                f"the run has {now['total_steps']} steps instead of {saved['total_steps']}: from "
+                "here on the learning rate follows the new length"
+            )
+        return remarks
+
+
+def describe_plan(plan, epochs: int) -> dict[str, int]:
+    """What decides which sample is seen when."""
+    return {
+        "samples": plan.samples,
+        "samples_per_step": plan.samples_per_step,
+        "seed": plan.seed,
+        "total_steps": epochs * plan.steps_per_epoch,
+    }
+
+
+@dataclass
+class Sums:
+    """Weighted sums of per-row values by name, in float64 on the device, without waiting for it."""
+
+    device: torch.device
+    names: list[str] = field(default_factory=list)
+    values: Tensor | None = None  # (1 + names,), the first one sums the weights
+
+    @torch.no_grad()
+    def add(self, rows: dict[str, Tensor], weight: Tensor) -> None:
+        """rows: name -> (R,) values; weight: (R,)."""
+        if self.values is None:
+            self.load(dict.fromkeys(["weight", *rows], 0.0))
+        weight = weight.double()
+        columns = [torch.ones_like(weight), *(rows[name].double() for name in self.names)]
+        self.values += torch.stack(columns) @ weight
+
+    def means(self) -> dict[str, float]:
+        """Collective. The weighted mean of each name over all ranks."""
+        total = distributed.all_reduce_sum(self.values).cpu()
+        return dict(zip(self.names, (total[1:] / total[0]).tolist(), strict=True))
+
+    def state(self) -> dict[str, float]:
+        if self.values is None:
+            return {}
+        return dict(zip(["weight", *self.names], self.values.tolist(), strict=True))
+
+    def load(self, state: dict[str, float]) -> None:
+        self.names = [name for name in state if name != "weight"]
+        self.values = None
+        if state:
+            self.values = torch.tensor(
+                [state["weight"], *(state[name] for name in self.names)],
+                dtype=torch.float64,
+                device=self.device,
+            )

@@ -1,0 +1,395 @@
+"""Training: `train_step` is a step, `fit` repeats it, watches over it and can be interrupted.
+
+Everything comes from outside (model, loss, scores, plan of the samples, loader, validation), so
+this file knows no adapter, no data set and no file format; the run's folder does the writing.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from samtune.engine import distributed
+from samtune.engine.checkpoint import RunFolder, adapted_state, load_adapted_state
+from samtune.engine.distributed import Process, StopSignal
+from samtune.engine.optim import autocast, resolve_precision
+from samtune.engine.progress import Progress, Sums, describe_plan
+from samtune.errors import UserError
+from samtune.structures import Batch, Prediction
+
+Criterion = Callable[[Prediction, Batch], tuple[Tensor, dict[str, Tensor]]]
+Scorer = Callable[[Prediction, Batch], dict[str, Tensor]]
+# What is kept of a micro-batch: its files, the file of each row (None: in order), its losses (R,).
+_Seen = tuple[list[str], Tensor | None, dict[str, Tensor]]
+
+# fp16's loss scale halves at each overflow: from 2^16, this many in a row leave nothing to halve.
+_OVERFLOWS_IN_A_ROW = 30
+
+
+class Interrupted(Exception):
+    """A signal ended the run between two steps; its state was saved and can be resumed."""
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """best: the monitored score of `best_epoch` (from 1); epochs: how many are complete."""
+
+    best: float
+    best_epoch: int
+    epochs: int
+    stopped_early: bool
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """What must be known of a step to say what went wrong in it."""
+
+    name: str
+    norm: Tensor  # of the gradient, on its way to the host
+    arrived: torch.cuda.Event | None
+    seen: list[_Seen]
+
+
+class Trainer:
+    """Trains `model` (as `distributed.wrap` returned it) on batches.
+
+    criterion: (prediction, batch) -> total (R,) and its terms by name, each (R,). scorers: the same
+    call -> scores by name, each (R,), for the log only. schedule steps once per optimizer step.
+    clip_norm: 0 means no clipping. precision: 'auto', 'fp32', 'bf16' or 'fp16'.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: Criterion,
+        scorers: Sequence[Scorer],
+        optimizer: Optimizer,
+        schedule: LambdaLR,
+        process: Process,
+        *,
+        clip_norm: float = 0.0,
+        precision: str = "auto",
+    ):
+        self.model, self.criterion, self.scorers = model, criterion, scorers
+        self.optimizer, self.schedule, self.process = optimizer, schedule, process
+        self.clip_norm = clip_norm
+        self.precision = resolve_precision(precision, process.device)
+        self.scaler = torch.amp.GradScaler(process.device.type, enabled=self.precision == "fp16")
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.progress = Progress()
+        self.sums = Sums(process.device)
+        self.steps_done = 0
+        self._watched: _Watched | None = None
+        self._overflows = 0
+
+    def train_step(self, micro_batches: Iterable[Batch], global_count: int) -> None:
+        """One optimizer step over this rank's micro-batches; the host never waits for the device.
+
+        global_count: real samples (weight 1) of the step over all ranks. DDP averages gradients
+        over ranks, hence the factor `world`: the gradient equals that of one process with the
+        joined batch, however unevenly the samples are dealt.
+        """
+        scale = self.process.world / global_count
+        seen = []
+        for batch, is_last in _mark_last(micro_batches):
+            batch = batch.to(self.process.device)
+            with distributed.no_sync(self.model, active=not is_last):
+                with autocast(self.precision, self.process.device):
+                    prediction = self.model(batch.image, batch.prompts, batch.frames.valid_size)
+                total, terms = self.criterion(prediction, batch)
+                loss = (batch.weight * total).sum()
+                for term in (prediction.aux or {}).values():  # a mean over the micro-batch
+                    loss = loss + term * batch.weight.sum()
+                self.scaler.scale(loss * scale).backward()
+            losses = self._score(prediction, batch, total, terms)
+            seen.append((batch.paths or batch.ids, batch.prompts.image_index, losses))
+        self.scaler.unscale_(self.optimizer)
+        norm = self._clip()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.progress.lr = self.optimizer.param_groups[0]["lr"]
+        self.schedule.step()
+        self.steps_done += 1
+        self._watch(norm, seen)
+
+    @torch.no_grad()
+    def _score(self, prediction, batch, total, terms) -> dict[str, Tensor]:
+        """Add this micro-batch to the epoch's sums; return its losses by name, each (R,)."""
+        aux = {name: t.detach().expand_as(total) for name, t in (prediction.aux or {}).items()}
+        losses = {"loss": sum(aux.values(), total), **terms, **aux}
+        losses = {name: values.detach() for name, values in losses.items()}
+        scores = {}
+        for scorer in self.scorers:
+            scores |= scorer(prediction, batch)
+        self.sums.add(losses | scores, batch.weight)
+        return losses
+
+    def _clip(self) -> Tensor:
+        """The norm of the whole gradient, equal on all ranks, before it is clipped."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if self.clip_norm > 0:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
+        return norm
+
+    def _watch(self, norm: Tensor, seen: list[_Seen]) -> None:
+        """Send this step's gradient norm to the host, and look at the one before, now arrived."""
+        arrived = None
+        if norm.is_cuda:
+            norm = torch.empty_like(norm, device="cpu", pin_memory=True).copy_(norm, True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        name = f"step {self.steps_done} (epoch {self.progress.epoch + 1})"
+        previous, self._watched = self._watched, _Watched(name, norm, arrived, seen)
+        self._examine(previous)
+
+    def check(self) -> None:
+        """Collective. Raise UserError if the latest step was not finite; waits for the device."""
+        previous, self._watched = self._watched, None
+        self._examine(previous)
+
+    def _examine(self, watched: _Watched | None) -> None:
+        if watched is None:
+            return
+        if watched.arrived:
+            watched.arrived.synchronize()
+        self._overflows = 0 if math.isfinite(watched.norm.item()) else self._overflows + 1
+        # All ranks come to the same conclusion: after DDP, their gradients have the same norm.
+        if self._overflows > (_OVERFLOWS_IN_A_ROW if self.scaler.is_enabled() else 0):
+            raise UserError(_diagnose(watched))
+
+    def fit(
+        self,
+        plan,
+        make_batches: Callable[[int, int], Iterable[Batch]],
+        validate: Callable[[], dict[str, float]],
+        logbook,
+        folder: RunFolder,
+        *,
+        epochs: int,
+        monitor: str = "loss",
+        patience: int = -1,
+        resume: dict[str, Any] | None = None,
+    ) -> FitResult:
+        """Collective. Train until `epochs` are complete or `patience` of them brought nothing.
+
+        plan: `steps_per_epoch`, `step(epoch, s)` -> (this rank's micro-batches, how many samples
+        all ranks have), `samples`, `samples_per_step` (over all ranks) and `seed`.
+        make_batches(epoch, first step): the rest of that epoch's micro-batches, in that order.
+        validate: scores by name, one of them `monitor` ('loss' is better when lower, 'iou' and
+        'dice' when higher). patience: -1 means half of the epochs, 0 never stops. resume: what
+        `folder.load_last()` returned. Epochs count from 0 in plan and loader, from 1 in records.
+
+        Raises Interrupted when a signal came and the state was saved; UserError when the loss is
+        not finite, the GPU's memory is too small or the folder cannot be written.
+        """
+        limit = max(1, epochs // 2) if patience < 0 else patience or math.inf
+        if resume is not None:
+            for remark in self.restore(resume, plan, epochs):
+                logbook.say(remark)
+
+        def goes_on() -> bool:
+            return self.progress.epoch < epochs and self.progress.stale < limit
+
+        with StopSignal() as stop, explain_out_of_memory():
+            while goes_on():
+                started = time.monotonic()
+                for _ in self._epoch(plan, make_batches, logbook, epochs):
+                    if stop.agreed():
+                        self._interrupt(folder, plan, epochs)
+                if stop.settle():
+                    self._interrupt(folder, plan, epochs)
+                self._finish_epoch(validate, monitor, logbook, folder, started)
+                self._save_last(folder, plan, epochs)
+                if stop.settle() and goes_on():
+                    raise Interrupted(self._farewell(folder))
+        done = self.progress
+        return FitResult(done.best, done.best_epoch, done.epoch, stopped_early=done.epoch < epochs)
+
+    def _epoch(self, plan, make_batches, logbook, epochs: int) -> Iterator[None]:
+        """Take the steps that are left of this epoch; give way between any two of them."""
+        self.model.train()
+        epoch, first, last = self.progress.epoch, self.progress.step, plan.steps_per_epoch
+        batches: Iterator[Batch] = iter(())
+        if first < last:
+            # A loader draws a seed when it starts; a resumed epoch starts it once more, and must
+            # not move the random numbers of the model.
+            with torch.random.fork_rng(devices=[]):
+                batches = iter(make_batches(epoch, first))
+                batches = chain([*islice(batches, 1)], batches)
+        bar = logbook.progress(range(first, last), f"epoch {epoch + 1}/{epochs}", unit="step")
+        for step in bar:
+            micro_batches, global_count = plan.step(epoch, step)
+            self.train_step(islice(batches, len(micro_batches)), global_count)
+            self.progress.step = step + 1
+            if step + 1 < last:
+                yield
+
+    def _finish_epoch(self, validate, monitor, logbook, folder: RunFolder, started: float) -> None:
+        """Validate, tell, and keep what improved: before anything decides to stop."""
+        self.check()
+        train = self.sums.means()
+        with torch.random.fork_rng(devices=[]):  # loaders again
+            scores = distributed.broadcast_object(validate())
+        improved = self.progress.judge(scores[monitor], monitor)
+        record = {
+            "epoch": self.progress.epoch + 1,
+            "step": self.steps_done,
+            "lr": self.progress.lr,
+            "train": train,
+            "validation": scores,
+            "best": improved,
+            "seconds": time.monotonic() - started,
+        }
+        logbook.epoch(record)
+        if improved:
+            with distributed.together():
+                if self.process.is_main:
+                    facts = {name: record[name] for name in ("epoch", "step", "validation")}
+                    folder.save_best(self.model, monitor=monitor, **facts)
+        self.progress.epoch += 1
+        self.progress.step = 0
+        self.sums = Sums(self.process.device)
+
+    def _interrupt(self, folder: RunFolder, plan, epochs: int) -> None:
+        self._save_last(folder, plan, epochs)
+        raise Interrupted(self._farewell(folder))
+
+    def _farewell(self, folder: RunFolder) -> str:
+        return (
+            f"interrupted in epoch {self.progress.epoch + 1} after {self.progress.step} of its "
+            f"steps; everything is saved: --resume {folder.path} goes on from there"
+        )
+
+    def _save_last(self, folder: RunFolder, plan, epochs: int) -> None:
+        """Collective. Write everything needed to go on, unless the latest step went wrong."""
+        self.check()
+        mine = {"sums": self.sums.state(), "rng": _random_state(self.process.device)}
+        of_ranks = distributed.gather_objects(mine)
+        with distributed.together():
+            if self.process.is_main:
+                folder.save_last(
+                    {
+                        "model": adapted_state(self.model),
+                        "optimizer": self.optimizer.state_dict(),
+                        "scaler": self.scaler.state_dict(),
+                        "progress": asdict(self.progress),
+                        "plan": describe_plan(plan, epochs),
+                        "ranks": of_ranks,
+                    }
+                )
+
+    def restore(self, state: dict[str, Any], plan, epochs: int) -> list[str]:
+        """Take up a run where `state` left it; return what is not as it was, in words.
+
+        On as many ranks with the same data and options, what follows is bit for bit what would
+        have followed. The optimizer's options (--lr and others) are those of now, not the file's.
+        """
+        load_adapted_state(self.model, "the run's state", state["model"])
+        groups = zip(self.optimizer.param_groups, state["optimizer"]["param_groups"], strict=True)
+        groups = [{**now, "params": saved["params"]} for now, saved in groups]
+        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**state["progress"])
+        remarks = self._restore_ranks(state["ranks"])
+        remarks += self.progress.relocate(state["plan"], describe_plan(plan, epochs))
+        if self.progress.step == 0:
+            self.sums = Sums(self.process.device)
+        self.steps_done = self.progress.epoch * plan.steps_per_epoch + self.progress.step
+        _move_schedule(self.schedule, self.steps_done)
+        return remarks
+
+    def _restore_ranks(self, ranks: list[dict]) -> list[str]:
+        """Sums and random numbers of each rank."""
+        rank, world = self.process.rank, self.process.world
+        self.sums = Sums(self.process.device)
+        if rank < len(ranks):
+            _set_random_state(ranks[rank]["rng"], self.process.device)
+        if world == len(ranks):
+            self.sums.load(ranks[rank]["sums"])
+            return []
+        total = {name: sum(r["sums"][name] for r in ranks) for name in ranks[0]["sums"]}
+        self.sums.load(total if rank == 0 else dict.fromkeys(total, 0.0))
+        return [f"resumed on {world} process(es) instead of {len(ranks)}: results may differ a bit"]
+
+
+@contextmanager
+def explain_out_of_memory() -> Iterator[None]:
+    """Turn the GPU's out-of-memory error into a UserError that says what to lower."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "the GPU's memory is too small for this: lower --batch_size (and raise --accumulate to "
+            "keep the step's size) or --image_size, or use --precision bf16; "
+            + str(error).split(". ")[0]
+        ) from None
+
+
+def _mark_last(items: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
+    waiting = None
+    for item in items:
+        if waiting is not None:
+            yield waiting, False
+        waiting = item
+    if waiting is None:
+        raise RuntimeError("the loader ended in the middle of an epoch")
+    yield waiting, True
+
+
+def _diagnose(watched: _Watched) -> str:
+    """Collective. Which loss of which images was not finite, over all ranks."""
+    mine, images = [], []
+    for files, index, losses in watched.seen:
+        rows = files if index is None else [files[i] for i in index.tolist()]
+        images += rows
+        mine += [
+            (name, file)
+            for name, values in losses.items()
+            for file, value in zip(rows, values.tolist(), strict=True)
+            if not math.isfinite(value)
+        ]
+    everywhere = distributed.all_gather_objects((mine, images))
+    bad = [pair for pairs, _ in everywhere for pair in pairs]
+    if bad:
+        names = dict.fromkeys(name for name, _ in bad if name != "loss") or ["loss"]
+        what, files = f"{' and '.join(names)} not finite", [file for _, file in bad]
+    else:
+        what = "the gradient is not finite, though every loss is"
+        files = [file for _, images in everywhere for file in images]
+    return (
+        f"{watched.name}: {what} for {', '.join(dict.fromkeys(files))}. The run's files are from "
+        "before this step. Look at these images and masks, or lower --lr, set --clip_norm 1, or "
+        "use --precision fp32"
+    )
+
+
+def _move_schedule(schedule: LambdaLR, step: int) -> None:
+    """Set the learning rates of optimizer step `step`, as if all before it had been taken."""
+    schedule.last_epoch = step
+    groups, factors = schedule.optimizer.param_groups, schedule.lr_lambdas
+    for group, base_lr, factor in zip(groups, schedule.base_lrs, factors, strict=True):
+        group["lr"] = base_lr * factor(step)
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor | None]:
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def _set_random_state(state: dict[str, Tensor | None], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
