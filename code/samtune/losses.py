@@ -39,9 +39,7 @@ class MaskLoss:
                 "bce": bce_rows(logits, batch.target),
                 "iou_loss": iou_loss_rows(logits, batch.target),
             }
-        total = (
-            self.options.bce_weight * terms["bce"] + self.options.iou_weight * terms["iou_loss"]
-        )
+        total = self.options.bce_weight * terms["bce"] + self.options.iou_weight * terms["iou_loss"]
         return total, terms
 
     def scores(self, prediction: Prediction, batch: Batch) -> dict[str, Tensor]:

@@ -70,8 +70,8 @@ def _masks(prediction: Prediction, batch: Batch, resolution: str) -> tuple[Tenso
 class Mean:
     """Weighted means of named scores, kept as one float64 vector: a sum per name, and the weight.
 
-    `update` only queues work on the device. Vectors of several processes, or of the two halves of an
-    interrupted epoch, add up to the vector of the whole.
+    `update` only queues work on the device. Vectors of several processes, or of the two halves of
+    an interrupted epoch, add up to the vector of the whole.
     """
 
     def __init__(self, names: list[str], device: torch.device | str = "cpu"):
