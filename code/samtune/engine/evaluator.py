@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from samtune.engine import distributed
 from samtune.engine.distributed import Process
+from samtune.engine.optim import autocast, resolve_precision
 from samtune.errors import UserError
 from samtune.structures import Batch, Prediction, Prompts
 
 # What a model answered and the batch that asked -> named scores, each (R,).
 Scorer = Callable[[Prediction | None, Batch], dict[str, Tensor]]
-
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Evaluator:
     """Scores a model on this rank's share of a set; the shares of all ranks make the whole.
 
     model: the unwrapped model, or None for scorers that look at the batch alone. scorers: their
-    names must differ. precision: fp32, bf16 or fp16, of the forward pass only.
+    names must differ. precision: 'auto', 'fp32', 'bf16' or 'fp16', of the forward pass only.
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class Evaluator:
         precision: str = "fp32",
     ):
         self.model, self.scorers = model, scorers
-        self.process, self.precision = process, precision
+        self.process, self.precision = process, resolve_precision(precision, process.device)
 
     def run(
         self,
@@ -105,8 +104,7 @@ class Evaluator:
     def _predict(self, batch: Batch) -> Prediction | None:
         if self.model is None:
             return None
-        dtype = _AUTOCAST.get(self.precision)
-        with torch.autocast(self.process.device.type, dtype=dtype, enabled=dtype is not None):
+        with autocast(self.precision, self.process.device):
             return self.model(batch.image, batch.prompts, batch.frames.valid_size)
 
     def _row_scores(self, prediction: Prediction | None, batch: Batch) -> dict[str, Tensor]:
