@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+import socket
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -219,3 +225,39 @@ def test_scorers_that_need_no_model_get_none():
 def test_two_scorers_may_not_claim_one_name(model):
     with pytest.raises(ValueError, match="score"):
         Evaluator(model, [score, score], SINGLE).run(loader(1))
+
+
+WORKER = """
+import json, sys
+import torch
+from samtune.engine import distributed
+from samtune.engine.evaluator import Evaluator
+from test_evaluator import Model, loader, score
+process = distributed.start()
+torch.manual_seed(0)
+shard = loader(int(sys.argv[1]), process.rank, process.world)
+result = Evaluator(Model(), [score], process).run(shard)
+print(json.dumps([result.scores, result.prompt, result.rows]))
+distributed.shutdown()
+"""
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_two_real_processes_agree_also_when_one_has_nothing_to_score(count, model):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    paths = [str(Path(evaluator_module.__file__).parents[2]), str(Path(__file__).parent)]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(count)], stdout=subprocess.PIPE, text=True,
+            env=os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank),
+                                      "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    answers = [json.loads(worker.communicate(timeout=120)[0]) for worker in workers]
+    single = Evaluator(model, [score], SINGLE).run(loader(count))
+    assert answers[0] == [single.scores, "box", single.rows]
+    assert answers[1] == [single.scores, "box", []]

@@ -92,7 +92,21 @@ def test_each_line_and_the_picture_state_the_prompt(tmp_path, monkeypatch):
     logbook.epoch(record(1))
     logbook.curves()
     assert lines(tmp_path)[0]["prompt"] == "box"
-    assert titles == [f"{tmp_path.name}, prompt: box"]
+    assert titles == 2 * [f"{tmp_path.name}, prompt: box"]
+
+
+def test_curves_appear_with_the_first_epoch_are_not_drawn_all_the_time_and_end_complete(
+    tmp_path, monkeypatch
+):
+    drawn = []
+    monkeypatch.setattr(
+        logbook_module, "draw_curves", lambda records, *_: drawn.append(len(records))
+    )
+    logbook = Logbook(tmp_path, MAIN, LogOptions(), {})
+    for epoch in range(1, 6):
+        logbook.epoch(record(epoch))
+    logbook.close()
+    assert drawn == [1, 5]
 
 
 def test_a_resumed_run_tells_no_epoch_twice(tmp_path):
@@ -105,7 +119,7 @@ def test_a_resumed_run_tells_no_epoch_twice(tmp_path):
     assert [r["epoch"] for r in resumed.records] == [1, 2]
     resumed.epoch(record(3))
     assert [line["epoch"] for line in lines(tmp_path)] == [1, 2, 3]
-    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"], "no temporary file is left"
+    assert {p.name for p in tmp_path.iterdir()} == {"metrics.jsonl", "curves.png"}, "nothing left"
 
 
 def test_cutting_the_record_is_atomic(tmp_path, monkeypatch):
@@ -215,13 +229,12 @@ def test_curves_of_scanty_records_are_drawn_all_the_same(records, tmp_path, draw
 
 def test_a_picture_that_cannot_be_drawn_ends_no_run(tmp_path, monkeypatch, capsys):
     logbook = Logbook(tmp_path, MAIN, LogOptions(), {})
-    logbook.epoch(record(1))
 
     def broken(*_):
         raise OSError("disk full")
 
     monkeypatch.setattr(logbook_module, "draw_curves", broken)
-    logbook.curves()
+    logbook.epoch(record(1))
     assert "curves.png could not be drawn: disk full" in capsys.readouterr().out
 
 
@@ -350,7 +363,7 @@ def test_wandb_is_not_even_imported_unless_asked_for(tmp_path):
         "from samtune.engine.distributed import Process;"
         "from samtune.engine.logbook import Logbook;"
         f"log = Logbook(Path({str(tmp_path)!r}), Process(0, 1, 0, torch.device('cpu')),"
-        "LogOptions(), {}); log.epoch({'epoch': 1});"
+        "LogOptions(), {}); log.say('hello');"
         "sys.exit('wandb' in sys.modules or 'matplotlib' in sys.modules)"
     )
     assert (

@@ -51,6 +51,7 @@ class Logbook:
         self.prompt, self.epochs = config.get("prompt"), config.get("epoch")
         self.records: list[dict] = []
         self._wandb: _Wandb | None = None
+        self._drawn = -math.inf
         if self.is_main and self.folder:
             self.records = _cut(self.folder / "metrics.jsonl", keep_before_epoch)
             if options.wandb:
@@ -75,8 +76,8 @@ class Logbook:
         return Progress(work, description, unit, self.say if self.is_main else None)
 
     def epoch(self, record: dict[str, Any]) -> None:
-        """Tell an epoch: a line on the console, a line of `metrics.jsonl` (on disk when this
-        returns; NaN and infinity become null), and W&B."""
+        """Tell an epoch: on the console, as a line of `metrics.jsonl` (on disk when this returns;
+        NaN and infinity become null), to W&B, and in `curves.png` if that is half a minute old."""
         if not self.is_main:
             return
         record = _plain(record if self.prompt is None else record | {"prompt": self.prompt})
@@ -88,6 +89,8 @@ class Logbook:
         self.say(_lines(record, self.epochs))
         if self._wandb:
             self._wandb.log(record)
+        if time.monotonic() - self._drawn > 30:
+            self.curves()
 
     def curves(self) -> None:
         """Draw `curves.png` from all records so far; a failure is a warning, not the run's end."""
@@ -98,9 +101,11 @@ class Logbook:
             draw_curves(self.records, self.folder / "curves.png", self.folder.name + prompt)
         except Exception as error:
             self.say(f"warning: curves.png could not be drawn: {error}")
+        self._drawn = time.monotonic()
 
     def close(self) -> None:
-        """Finish the W&B run; waits at most a minute for its upload."""
+        """Draw the curves and finish the W&B run; waits at most a minute for its upload."""
+        self.curves()
         if self._wandb:
             self._wandb.finish()
 
