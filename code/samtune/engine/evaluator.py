@@ -1,0 +1,158 @@
+"""Model + loader + scorers -> scores: the same numbers on one process and on many."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from samtune.engine import distributed
+from samtune.engine.distributed import Process
+from samtune.engine.optim import autocast, resolve_precision
+from samtune.errors import UserError
+from samtune.structures import Batch, Prediction, Prompts
+
+# What a model answered and the batch that asked -> named scores, each (R,).
+Scorer = Callable[[Prediction | None, Batch], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a set of images scored.
+
+    scores: mean over rows by name, equal on all ranks. rows: on rank 0 one dict per row, "id" and
+    each score, sorted by id; empty elsewhere. prompt: what the model was told, read off the batches
+    themselves ("box", "points", "box+points" or "none"): a score without it says little, since the
+    box of the true mask gives much away.
+    """
+
+    scores: dict[str, float]
+    rows: list[dict]
+    prompt: str
+
+
+class Evaluator:
+    """Scores a model on this rank's share of a set; the shares of all ranks make the whole.
+
+    model: the unwrapped model, or None for scorers that look at the batch alone. scorers: their
+    names must differ. precision: 'auto', 'fp32', 'bf16' or 'fp16', of the forward pass only.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None,
+        scorers: Sequence[Scorer],
+        process: Process,
+        precision: str = "fp32",
+    ):
+        self.model, self.scorers = model, scorers
+        self.process, self.precision = process, resolve_precision(precision, process.device)
+
+    def run(
+        self,
+        loader: Iterable[Batch],
+        progress: Callable[[int], None] | None = None,
+        on_batch: Callable[[Prediction | None, Batch], None] | None = None,
+    ) -> Evaluation:
+        """Collective. Score every row of every rank's loader once; some loaders may be empty.
+
+        progress: told 1 after each batch. on_batch: shown each prediction with its batch, on the
+        device. The mean is the exactly rounded one of all rows, so it does not depend on how they
+        were dealt. Raises UserError on all ranks if one of them meets it.
+        """
+        rows, prompt, error = [], None, None
+        try:
+            rows, prompt = self._score(loader, progress, on_batch)
+        except UserError as raised:
+            error = raised
+        except torch.OutOfMemoryError:
+            error = UserError(
+                "the GPU ran out of memory while scoring; lower --batch_size or --image_size, or "
+                "set --precision bf16"
+            )
+        distributed.agree(error)
+        return _join(rows, prompt)
+
+    @torch.no_grad()
+    def _score(self, loader, progress, on_batch) -> tuple[list[dict], str | None]:
+        """This rank's rows, and the prompt; (rows, None) where the loader has no batch."""
+        names, ids, values, prompt = [], [], [], None
+        with _eval_mode(self.model):
+            for batch in loader:
+                prompt = _prompt_of(batch.prompts)
+                ids += _row_ids(batch)  # before the copy: reading a GPU tensor would wait for it
+                real = batch.weight > 0
+                batch = batch.to(self.process.device)
+                prediction = self._predict(batch)
+                scores = self._row_scores(prediction, batch)
+                names = list(scores)
+                rows = torch.stack([score.double() for score in scores.values()], dim=1)
+                values.append((rows, real))
+                if on_batch:
+                    on_batch(prediction, batch)
+                if progress:
+                    progress(1)
+        table = [row for rows, real in values for row in rows.cpu()[real].tolist()]
+        return [
+            {"id": key, **dict(zip(names, row, strict=True))}
+            for key, row in zip(ids, table, strict=True)
+        ], prompt
+
+    def _predict(self, batch: Batch) -> Prediction | None:
+        if self.model is None:
+            return None
+        with autocast(self.precision, self.process.device):
+            return self.model(batch.image, batch.prompts, batch.frames.valid_size)
+
+    def _row_scores(self, prediction: Prediction | None, batch: Batch) -> dict[str, Tensor]:
+        scores: dict[str, Tensor] = {}
+        for scorer in self.scorers:
+            more = scorer(prediction, batch)
+            if twice := scores.keys() & more.keys():
+                raise ValueError(f"two scorers give the same score: {sorted(twice)}")
+            scores |= more
+        return scores
+
+
+def _join(rows: list[dict], prompt: str | None) -> Evaluation:
+    """Collective. Every rank's rows on rank 0, their means on every rank."""
+    gathered = distributed.gather_objects((rows, prompt))
+    scores, rows = {}, []
+    if gathered is not None:
+        rows = sorted((row for part, _ in gathered for row in part), key=lambda row: row["id"])
+        prompt = next((told for _, told in gathered if told is not None), "none")
+        names = [name for name in rows[0] if name != "id"] if rows else []
+        scores = {name: math.fsum(row[name] for row in rows) / len(rows) for name in names}
+    scores, prompt = distributed.broadcast_object((scores, prompt))
+    return Evaluation(scores, rows, prompt)
+
+
+class _eval_mode:
+    """Inside, the model is in eval mode; after it, each part is in the mode it was in."""
+
+    def __init__(self, model: nn.Module | None):
+        self.modes = [] if model is None else [(part, part.training) for part in model.modules()]
+        self.model = model
+
+    def __enter__(self) -> None:
+        if self.model is not None:
+            self.model.eval()
+
+    def __exit__(self, *_) -> None:
+        for part, training in self.modes:
+            part.training = training
+
+
+def _row_ids(batch: Batch) -> list[str]:
+    """The image id of each row of real weight."""
+    index = batch.prompts.image_index
+    of_row = range(len(batch.ids)) if index is None else index.tolist()
+    return [batch.ids[i] for i, weight in zip(of_row, batch.weight.tolist(), strict=True) if weight]
+
+
+def _prompt_of(prompts: Prompts) -> str:
+    parts = {"box": prompts.boxes, "points": prompts.points}
+    return "+".join(name for name, part in parts.items() if part is not None) or "none"
