@@ -1,8 +1,8 @@
 """torchrun, with the exit code of the workers.
 
-torchrun answers every failed worker with a traceback of its own and exit code 1. Here the worker has
-already said what is wrong, so its code is passed on and torchrun stays silent; a signal (Ctrl-C, a
-scheduler's SIGTERM or SIGUSR1) reaches the workers, which save their state and end with
+torchrun answers every failed worker with a traceback of its own and exit code 1. Here the worker
+has already said what is wrong, so its code is passed on and torchrun stays silent; a signal
+(Ctrl-C, a scheduler's SIGTERM or SIGUSR1) reaches the workers, which save their state and end with
 `EXIT_INTERRUPTED`. Arguments are torchrun's. `torchrun code/run_sa.py` works just as well.
 """
 
@@ -13,10 +13,11 @@ import os
 import signal
 import sys
 
-from samtune.errors import EXIT_CRASH, EXIT_INTERRUPTED, EXIT_USER_ERROR
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
+
+from samtune.errors import EXIT_CRASH, EXIT_INTERRUPTED, EXIT_USER_ERROR
 
 SAID_BY_THE_WORKER = (EXIT_USER_ERROR, EXIT_INTERRUPTED)
 

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     **{name: set() for name in GROUND},
     "run_folder": {"errors"},
     "flags": {"errors"},
-    **{name: GROUND for name in WINGS},
+    **dict.fromkeys(WINGS, GROUND),
     "adapters": GROUND | {"models"},
     "pictures": GROUND,
     **{name: GROUND | WINGS | {"adapters"} | COMPOSED for name in COMPOSED - {"pictures"} | VERBS},

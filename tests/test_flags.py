@@ -66,7 +66,7 @@ def test_a_boolean_alone_means_yes():
     ],
 )
 def test_a_mistake_is_one_sentence(argv, said):
-    with pytest.raises(UserError, match="^[^\n]*$") as caught:
+    with pytest.raises(UserError, match=r"^[^\n]*$") as caught:
         parse(*argv, foreign={"rank": "belongs to lora"})
     assert said in str(caught.value)
 

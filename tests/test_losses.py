@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from samtune.config import LossOptions
 from samtune.losses import MaskLoss, balanced_bce, bce_rows, iou_loss_rows
 from samtune.structures import IGNORE, Batch, Frame, Frames, Prediction, Prompts
@@ -37,6 +38,7 @@ def make_batch(frames, resolution="original", image_index=None, seed=0):
         frames=collated,
         weight=torch.ones(len(index)),
         ids=[f"image{i}" for i in range(len(frames))],
+        in_frame=resolution == "frame",
     )
 
 
@@ -116,13 +118,13 @@ def test_under_bf16_autocast_the_loss_is_still_float32_arithmetic():
 def test_mask_loss_weighs_its_terms_at_the_resolution_of_the_target(resolution):
     batch = make_batch(FRAMES, resolution)
     logits = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(1))
-    total, terms = MaskLoss(LossOptions(2.0, 0.5, resolution))(Prediction(logits), batch)
+    total, terms = MaskLoss(LossOptions(2.0, 0.5))(Prediction(logits), batch)
     assert total.shape == (3,)
     torch.testing.assert_close(total, 2 * terms["bce"] + 0.5 * terms["iou_loss"])
     frames = batch.frames
     resized = frames.restore(logits) if resolution == "original" else frames.to_frame(logits)
     torch.testing.assert_close(terms["bce"], bce_rows(resized[:, 0], batch.target))
-    scores = MaskLoss(LossOptions(2.0, 0.5, resolution)).scores(Prediction(logits), batch)
+    scores = MaskLoss(LossOptions(2.0, 0.5)).scores(Prediction(logits), batch)
     assert scores.keys() == {"loss", "bce", "iou_loss"}
     assert torch.equal(scores["loss"], total)
 
@@ -150,12 +152,6 @@ def test_each_row_is_scored_against_its_own_image():
     torch.testing.assert_close(
         total, bce_rows(restored, batch.target) + iou_loss_rows(restored, batch.target)
     )
-
-
-def test_a_target_of_another_resolution_is_refused():
-    batch = make_batch(FRAMES, "frame")
-    with pytest.raises(ValueError, match="loss_resolution"):
-        MaskLoss(LossOptions())(Prediction(torch.zeros(3, 1, 4, 4)), batch)
 
 
 def test_no_loss_reads_a_value_back_from_the_device():

@@ -22,7 +22,7 @@ from samtune.structures import Batch, Frame, Frames, Prompts
 
 
 def run(config: BenchmarkConfig, process: Process) -> dict:
-    """Time `--steps` optimizer steps after `--warmup` untimed ones; print one JSON line as the last.
+    """Time `--steps` optimizer steps after `--warmup` untimed ones; print one JSON line.
 
     Weights are random unless --checkpoint names a file: speed does not depend on them. Images are
     square and fill the frame; the loss is taken there.
@@ -41,14 +41,14 @@ def run(config: BenchmarkConfig, process: Process) -> dict:
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "total_parameters": sum(p.numel() for p in model.parameters()),
     }
-    image_size, loss = model.image_size, replace(config.loss, loss_resolution="frame")
+    image_size = model.image_size
     wrapped = distributed.wrap(model, process)
     optimizer = build_optimizer(wrapped, config.optim)
     steps = config.benchmark.warmup + config.benchmark.steps
     trainer = Trainer(
         wrapped,
-        MaskLoss(loss),
-        [lambda prediction, batch: region_scores(prediction, batch, "frame")],
+        MaskLoss(config.loss),
+        [region_scores],
         optimizer,
         build_schedule(optimizer, config.optim, steps),
         process,
@@ -100,6 +100,7 @@ def random_batch(batch_size: int, image_size: int, prompt: str) -> Batch:
         Prompts(boxes=boxes if prompt == "box" else None),
         Frames.collate([Frame(size, size)] * batch_size, size),
         torch.ones(batch_size),
+        in_frame=True,
         ids=["random"] * batch_size,
         paths=["random"] * batch_size,
     )

@@ -73,7 +73,7 @@ def run(config: EvaluateConfig, process: Process) -> dict:
     pictures = Pictures(folder, {pair.id: pair for pair in asked}, read, shown)
     for name, model in models.items():
         evaluator = Evaluator(
-            model.to(process.device), [lambda *a: loss(*a)[1], region_scores], process,
+            model.to(process.device), [loss.scores, region_scores], process,
             wanted.precision,
         )  # fmt: skip
         keep_all = wanted.save_predictions and name == "tuned"

@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
 
 @dataclass(frozen=True)
 class Parsed:
-    """instances: one per group, in order. given: what flags or YAML said, by name. remarks: to print."""
+    """instances: one per group. given: what was said, by name. remarks: to print."""
 
     instances: list
     given: dict

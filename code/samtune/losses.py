@@ -34,7 +34,7 @@ class MaskLoss:
 
     def __call__(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.autocast(prediction.logits.device.type, enabled=False):
-            logits = _at_target(prediction, batch, self.options.loss_resolution)
+            logits = batch.at_target(prediction.logits)
             terms = {
                 "bce": bce_rows(logits, batch.target),
                 "iou_loss": iou_loss_rows(logits, batch.target),
@@ -94,20 +94,6 @@ def balanced_bce(logits: Tensor, target: Tensor) -> Tensor:
         )
         mean = (cost * valid).sum() / valid.sum().clamp(min=1)
         return positive / (positive + negative) * mean
-
-
-def _at_target(prediction: Prediction, batch: Batch, resolution: str) -> Tensor:
-    """(R, 1, h, w) decoder logits -> (R, H, W), where the target of the batch lies."""
-    if resolution == "original":
-        logits = batch.frames.restore(prediction.logits, batch.prompts.image_index)
-    else:
-        logits = batch.frames.to_frame(prediction.logits)
-    if logits.shape != (batch.target.shape[0], 1, *batch.target.shape[1:]):
-        raise ValueError(
-            f"logits {tuple(logits.shape)} at {resolution} resolution do not fit the target "
-            f"{tuple(batch.target.shape)}: the dataset was made for another loss_resolution"
-        )
-    return logits[:, 0]
 
 
 def _split(target: Tensor) -> tuple[Tensor, Tensor]:

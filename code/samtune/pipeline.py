@@ -26,9 +26,7 @@ def load_pairs(
     for kind, folder in (("image", image_dir), ("mask", mask_dir)):
         if not folder:
             raise UserError(f"--{split}_{kind}_dir is not set")
-    pairs = find_pairs(
-        image_dir, mask_dir, read, (f"--{split}_image_dir", f"--{split}_mask_dir")
-    )
+    pairs = find_pairs(image_dir, mask_dir, read, (f"--{split}_image_dir", f"--{split}_mask_dir"))
     return select(pairs, text, f"--{split}_slice")
 
 

@@ -1,11 +1,11 @@
 """The folder of a run: what lies in it, which one is newest, which one goes on.
 
-    config.yaml         every option; `--config` reads it back
-    metrics.jsonl       a line per epoch
-    curves.png          the same as a picture
-    best.safetensors    what was trained, at the best validation score
-    last.pt             everything that `--resume` needs
-    scores.json, scores.csv, examples.png, predictions/    from `evaluate`
+config.yaml         every option; `--config` reads it back
+metrics.jsonl       a line per epoch
+curves.png          the same as a picture
+best.safetensors    what was trained, at the best validation score
+last.pt             everything that `--resume` needs
+scores.json, scores.csv, examples.png, predictions/    from `evaluate`
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class Frames:
     def collate(cls, frames: list[Frame], frame_size: tuple[int, int]) -> Frames:
         original = torch.tensor([frame.original_size for frame in frames])
         valid = torch.tensor([frame.valid_size for frame in frames])
-        height, width = (max(sizes) for sizes in zip(*(f.original_size for f in frames)))
+        height, width = original.amax(0).tolist()
         return cls(original, valid, frame_size, (height, width))
 
     def to_frame(self, logits: Tensor) -> Tensor:
@@ -156,8 +156,9 @@ class Batch:
     """What the loader hands to the model.
 
     image: (B, 3, S_h, S_w) uint8, zero where padded. target: (R, T_h, T_w) uint8 (0, 1, `IGNORE`),
-    on the canvas of original sizes or in the frame. weight: (R,) float32, 1 for a real sample and 0
-    for one that only keeps the ranks in step. ids, paths: B strings for messages and files.
+    on the canvas of original sizes, or in the frame where `in_frame`. weight: (R,) float32, 1 for a
+    real sample and 0 for one that only keeps the ranks in step. ids, paths: B strings for messages
+    and files.
     """
 
     image: Tensor
@@ -167,6 +168,13 @@ class Batch:
     weight: Tensor
     ids: list[str] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
+    in_frame: bool = False
+
+    def at_target(self, logits: Tensor) -> Tensor:
+        """(R, 1, h, w) decoder logits -> (R, T_h, T_w) float32, where the target lies."""
+        if self.in_frame:
+            return self.frames.to_frame(logits)[:, 0]
+        return self.frames.restore(logits, self.prompts.image_index)[:, 0]
 
     def to(self, device: torch.device) -> Batch:
         """Copy every tensor, without waiting for it when the memory is pinned."""

@@ -99,13 +99,9 @@ def _complete(config: TrainConfig, resumed: RunFolder | None, process: Process) 
                 "there is nothing to validate on: set --val_image_dir and --val_mask_dir, or take "
                 "a part of the training folders by --train_slice :80 --val_slice 80:"
             )
-        data = replace(
-            data, val_image_dir=data.train_image_dir, val_mask_dir=data.train_mask_dir
-        )
+        data = replace(data, val_image_dir=data.train_image_dir, val_mask_dir=data.train_mask_dir)
     if test.test_slice and not test.test_image_dir:
-        test = replace(
-            test, test_image_dir=data.train_image_dir, test_mask_dir=data.train_mask_dir
-        )
+        test = replace(test, test_image_dir=data.train_image_dir, test_mask_dir=data.train_mask_dir)
     return replace(config, data=data, test=test, run=run)
 
 
@@ -190,7 +186,7 @@ def _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state):
     optimizer = build_optimizer(wrapped, options)
     schedule = build_schedule(optimizer, options, run.epoch * plan.steps_per_epoch)
     trainer = Trainer(
-        wrapped, criterion, [_at(config.loss.loss_resolution)], optimizer, schedule, process,
+        wrapped, criterion, [region_scores], optimizer, schedule, process,
         clip_norm=options.clip_norm, precision=options.precision,
     )  # fmt: skip
 
@@ -198,11 +194,7 @@ def _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state):
     val_loader = evaluation_loader(
         val_pairs, config.read, config.prompts, image_size, loader, process
     )
-    # Validation is scored as the user will see it: at each image's own size.
-    val_loss = MaskLoss(replace(config.loss, loss_resolution="original"))
-    evaluator = Evaluator(
-        model, [lambda *a: _named(*val_loss(*a)), region_scores], process, trainer.precision
-    )
+    evaluator = Evaluator(model, [criterion.scores, region_scores], process, trainer.precision)
 
     def make_batches(epoch: int, first_step: int):
         return make_loader(dataset, plan.batches(epoch, first_step), loader.workers, on_gpu)
@@ -215,12 +207,3 @@ def _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state):
         plan, make_batches, validate, logbook, saved,
         epochs=run.epoch, monitor=run.monitor, patience=run.patience, resume=state,
     )  # fmt: skip
-
-
-def _named(total, terms) -> dict:
-    return {"loss": total, **terms}
-
-
-def _at(resolution: str):
-    """IoU and Dice of training batches where their target lies."""
-    return lambda prediction, batch: region_scores(prediction, batch, resolution)

@@ -6,19 +6,20 @@ Imported by the tests of the engine and by the scripts that they start under tor
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from samtune.config import OptimOptions
-from samtune.engine import distributed
-from samtune.engine.checkpoint import RunFolder
-from samtune.engine.optim import build_optimizer, build_schedule
-from samtune.engine.trainer import Trainer
-from samtune.structures import Batch, Frame, Frames, Prediction, Prompts
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
+
+from samtune.config import OptimOptions
+from samtune.engine import distributed
+from samtune.engine.checkpoint import Checkpoints
+from samtune.engine.optim import build_optimizer, build_schedule
+from samtune.engine.trainer import Trainer
+from samtune.run_folder import RunFolder
+from samtune.structures import Batch, Frame, Frames, Prediction, Prompts
 
 SIZE = 8
 METADATA = {"adapter": "tiny", "model_type": "toy", "image_size": SIZE, "base_sha256": "0" * 64}
@@ -224,7 +225,7 @@ def fit(folder, process, plan, epochs, *, workers=0, on_step=None, resume=False,
     trainer = new_trainer(model, process, plan, epochs)
     torch.manual_seed(seed + process.rank)
     diary = Diary(on_step)
-    folder = RunFolder(Path(folder), METADATA)
+    folder = Checkpoints(RunFolder(folder), METADATA)
     state = folder.load_last() if resume else None
     broken = options.pop("broken", ())
     scores = options.pop("scores", None)

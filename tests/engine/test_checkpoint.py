@@ -6,9 +6,11 @@ import os
 import pytest
 import torch
 from engine_standins import METADATA, TinySegmenter, new_model, same
+from torch import nn
+
 from samtune.engine import checkpoint
 from samtune.engine.checkpoint import (
-    RunFolder,
+    Checkpoints,
     adapted_state,
     load_adapted,
     load_run_state,
@@ -19,7 +21,7 @@ from samtune.engine.checkpoint import (
     save_run_state,
 )
 from samtune.errors import UserError
-from torch import nn
+from samtune.run_folder import RunFolder
 
 
 def tuned(**options) -> TinySegmenter:
@@ -97,9 +99,13 @@ def test_a_shared_tensor_is_saved_once_and_serves_all_its_names(tmp_path):
 
 
 def test_the_file_says_what_it_is(tmp_path):
-    folder = RunFolder(tmp_path, METADATA)
+    folder = Checkpoints(RunFolder(tmp_path), METADATA)
     folder.save_best(new_model(), epoch=3, validation={"loss": 0.5})
-    assert read_metadata(folder.best) == {**METADATA, "epoch": 3, "validation": {"loss": 0.5}}
+    assert read_metadata(folder.folder.best) == {
+        **METADATA,
+        "epoch": 3,
+        "validation": {"loss": 0.5},
+    }
     assert not folder.best_pth.exists()
 
 
@@ -163,7 +169,7 @@ def test_a_full_state_dict_is_read_through_renames_and_its_aliases_dropped(tmp_p
 
 def test_the_parents_format_has_no_prefix_and_the_whole_mask_decoder(tmp_path):
     model = tuned()
-    RunFolder(tmp_path, METADATA, save_pth=True).save_best(model)
+    Checkpoints(RunFolder(tmp_path), METADATA, save_pth=True).save_best(model)
     state = torch.load(tmp_path / "best.pth", weights_only=True)
     decoder = {k for k in model.state_dict() if k.startswith("mask_decoder.")}
     assert set(state) == decoder | set(adapted_state(model))

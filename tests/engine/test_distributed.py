@@ -8,11 +8,12 @@ import launch
 import pytest
 import torch
 from engine_standins import Plan, TinySegmenter, new_model, new_trainer, run_steps, same
+from torch import nn
+
 from samtune.engine import distributed
 from samtune.engine.checkpoint import load_run_state
 from samtune.engine.distributed import Process
 from samtune.errors import UserError
-from torch import nn
 
 HERE = Path(__file__).parent
 ALONE = Process(0, 1, 0, torch.device("cpu"))

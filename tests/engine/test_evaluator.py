@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+
 from samtune.engine import evaluator as evaluator_module
 from samtune.engine.distributed import Process
 from samtune.engine.evaluator import Evaluator
 from samtune.errors import UserError
 from samtune.structures import Batch, Frame, Frames, Prediction, Prompts
-from torch import nn
 
 SIDE = 8
 

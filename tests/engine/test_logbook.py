@@ -16,11 +16,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from samtune.config import LogOptions
 from samtune.engine import logbook as logbook_module
 from samtune.engine.distributed import Process
 from samtune.engine.logbook import Logbook, Progress, draw_curves, parameter_summary
-from torch import nn
 
 MAIN = Process(0, 1, 0, torch.device("cpu"))
 OTHER = Process(1, 2, 1, torch.device("cpu"))

@@ -5,10 +5,11 @@ from itertools import pairwise
 import pytest
 import torch
 from engine_standins import new_model
+from torch import nn
+
 from samtune.config import OptimOptions
 from samtune.engine.optim import autocast, build_optimizer, build_schedule, resolve_precision
 from samtune.errors import UserError
-from torch import nn
 
 CPU = torch.device("cpu")
 

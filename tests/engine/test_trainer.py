@@ -23,12 +23,14 @@ from engine_standins import (
     same,
     scores_of,
 )
+
 from samtune.config import OptimOptions
-from samtune.engine.checkpoint import RunFolder, adapted_state, load_adapted, load_run_state
+from samtune.engine.checkpoint import Checkpoints, adapted_state, load_adapted, load_run_state
 from samtune.engine.distributed import Process
 from samtune.engine.progress import Progress, Sums
-from samtune.engine.trainer import Interrupted, Trainer
-from samtune.errors import UserError
+from samtune.engine.trainer import Trainer
+from samtune.errors import Interrupted, UserError
+from samtune.run_folder import RunFolder
 from samtune.structures import Prompts
 
 CPU = torch.device("cpu")
@@ -184,7 +186,7 @@ def test_too_little_gpu_memory_says_what_to_lower(tmp_path):
     with pytest.raises(UserError, match=r"--batch_size.*--accumulate.*--image_size.*bf16"):
         trainer.fit(
             plan, make_batches(plan), scores_of(trainer.model), Diary(),
-            RunFolder(tmp_path, METADATA), epochs=1,
+            Checkpoints(RunFolder(tmp_path), METADATA), epochs=1,
         )  # fmt: skip
 
 
@@ -230,18 +232,18 @@ def test_the_improving_epoch_is_saved_even_if_it_is_the_last_before_stopping(tmp
     """Best on disk is the best epoch's weights, not those of the end (defect D10)."""
     kept = {}
 
-    class Folder(RunFolder):
+    class Folder(Checkpoints):
         def save_best(self, model, **facts):
             super().save_best(model, **facts)
             kept.update(adapted_state(model), epoch=facts["epoch"])
 
     plan = Plan(4, 2)
     trainer = new_trainer(model := new_model(), ALONE, plan, 4)
-    folder = Folder(tmp_path, METADATA)
+    folder = Folder(RunFolder(tmp_path), METADATA)
     validate = scores_of(model, [3.0, 1.0, 2.0, 2.0])
     trainer.fit(plan, make_batches(plan), validate, Diary(), folder, epochs=4, patience=1)
     assert kept.pop("epoch") == 2
-    load_adapted(fresh := new_model(), folder.best)
+    load_adapted(fresh := new_model(), folder.folder.best)
     assert same(adapted_state(fresh), kept)
     assert not same(adapted_state(model), kept)
 
@@ -282,8 +284,8 @@ def test_a_record_has_training_and_validation_side_by_side(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_once_and_ends_the_run_between_two_steps(tmp_path, monkeypatch, number):
     saves = []
-    save = RunFolder.save_last
-    monkeypatch.setattr(RunFolder, "save_last", lambda *a: (saves.append(1), save(*a)))
+    save = Checkpoints.save_last
+    monkeypatch.setattr(Checkpoints, "save_last", lambda *a: (saves.append(1), save(*a)))
     before = signal.getsignal(number)
     with pytest.raises(Interrupted, match=f"--resume {tmp_path}"):
         fit(tmp_path, ALONE, Plan(8, 2), 2, on_step=kill_at(2, number))
@@ -380,7 +382,7 @@ def test_another_step_size_goes_on_at_the_right_image_and_says_so(tmp_path, plan
     with pytest.raises(Interrupted):
         fit(tmp_path, ALONE, Plan(12, 2), 2, on_step=kill_at(2))
     trainer = new_trainer(new_model(), ALONE, plan, 2)
-    remarks = trainer.restore(RunFolder(tmp_path, METADATA).load_last(), plan, 2)
+    remarks = trainer.restore(Checkpoints(RunFolder(tmp_path), METADATA).load_last(), plan, 2)
     assert trainer.progress.step == trainer.steps_done == step
     assert any(re.search(words, text) for text in remarks)
 
@@ -396,7 +398,7 @@ def test_a_run_of_two_processes_goes_on_as_one(tmp_path):
     """The sums of both are kept; it is said that rounding may differ."""
     with pytest.raises(Interrupted):
         fit(tmp_path, ALONE, Plan(8, 2), 1, on_step=kill_at(2))
-    state = RunFolder(tmp_path, METADATA).load_last()
+    state = Checkpoints(RunFolder(tmp_path), METADATA).load_last()
     both = [state["ranks"][0], {**state["ranks"][0], "sums": {"weight": 4.0, "loss": 8.0,
             "bce": 1.0, "iou": 2.0}}]  # fmt: skip
     plan = Plan(8, 2)
@@ -412,11 +414,11 @@ def test_a_run_of_another_model_cannot_be_resumed(tmp_path):
     """Another adapter's run state is refused with the differing names, before anything changes."""
     fit(tmp_path, ALONE, Plan(4, 2), 1)
     with pytest.raises(UserError, match=r"'tiny' \(here 'other'\)"):
-        RunFolder(tmp_path, METADATA | {"adapter": "other"}).load_last()
+        Checkpoints(RunFolder(tmp_path), METADATA | {"adapter": "other"}).load_last()
     plan = Plan(4, 2)
     trainer = new_trainer(new_model(trainable_norm=True), ALONE, plan)
     with pytest.raises(UserError, match=r"unknown: adapter\.0\.bias"):
-        trainer.restore(RunFolder(tmp_path, METADATA).load_last(), plan, 1)
+        trainer.restore(Checkpoints(RunFolder(tmp_path), METADATA).load_last(), plan, 1)
 
 
 def test_options_of_now_win_over_those_in_the_file(tmp_path):
@@ -424,7 +426,7 @@ def test_options_of_now_win_over_those_in_the_file(tmp_path):
     plan = Plan(4, 2)
     optim = OptimOptions(lr=0.5, weight_decay=0.7)
     trainer = new_trainer(new_model(), ALONE, plan, 2, optim=optim)
-    trainer.restore(RunFolder(tmp_path, METADATA).load_last(), plan, 2)
+    trainer.restore(Checkpoints(RunFolder(tmp_path), METADATA).load_last(), plan, 2)
     groups = trainer.optimizer.param_groups
     assert [group["weight_decay"] for group in groups] == [0.7, 0.0]
     assert 0 < groups[0]["lr"] <= 0.5 and groups[0]["lr"] > 0.05

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from engine_standins import Plan, fit
+
 from samtune.engine import distributed
 from samtune.engine.trainer import Interrupted
 from samtune.errors import EXIT_INTERRUPTED

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from engine_standins import Plan, everything, fit, new_model, new_trainer, run_steps
+
 from samtune.engine import distributed
 from samtune.engine.trainer import Interrupted
 from samtune.errors import UserError

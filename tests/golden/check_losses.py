@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from fixture import Fixture, close
+
 from samtune.losses import balanced_bce, bce_rows, iou_loss_rows
 from samtune.metrics.region import overlap
 

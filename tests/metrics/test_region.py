@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
-from samtune.metrics.region import Mean, empty_rows, overlap, region_scores
+
+from samtune.metrics.region import overlap, region_scores
 from samtune.structures import IGNORE, Batch, Frame, Frames, Prediction, Prompts
 
 
@@ -44,9 +43,6 @@ def test_empty_masks_score_one_when_both_are_empty_and_almost_nothing_when_one_i
     for values in scores.values():
         assert values[0] == 1
         assert (values[1:] < 1e-4).all()
-    flags = empty_rows(logits_of(predicted), batch)
-    assert flags["empty_target"].tolist() == [1, 1, 0]
-    assert flags["empty_prediction"].tolist() == [1, 0, 1]
 
 
 def test_ignored_pixels_are_not_counted_whatever_is_predicted_there():
@@ -82,10 +78,6 @@ def test_scores_are_taken_at_the_size_of_the_file_and_ignore_the_padding():
         )  # fmt: skip
         assert single["iou"][0] == joint["iou"][row]
         assert single["dice"][0] == joint["dice"][row]
-    with pytest.raises(ValueError, match="do not fit"):
-        region_scores(
-            Prediction(logits), Batch(image, target, Prompts(), together, torch.ones(2)), "frame"
-        )
 
 
 def test_counts_are_exact_where_float32_would_round():
@@ -96,45 +88,10 @@ def test_counts_are_exact_where_float32_would_round():
     assert overlap(both - 1, 2 * both - 1, smooth=0)["iou"].item() < 1
 
 
-def test_running_metrics_keep_no_graph_so_memory_stays_flat_over_an_epoch():
+def test_scores_keep_no_graph_so_memory_stays_flat_over_an_epoch():
     """The parent summed losses with their graphs: every batch of the epoch stayed in memory."""
     logits = torch.randn(2, 1, 8, 8, requires_grad=True)
     batch = batch_of(torch.ones(2, 8, 8, dtype=torch.uint8))
     prediction = Prediction(logits * 2)
     scores = region_scores(prediction, batch)
     assert not any(values.requires_grad for values in scores.values())
-    mean = Mean(["loss"])
-    for _ in range(3):
-        mean.update({"loss": (logits * 2).mean((1, 2, 3))}, torch.ones(2))
-        assert mean.state().grad_fn is None and not mean.state().requires_grad
-    assert type(mean.compute()["loss"]) is float
-
-
-def test_mean_weighs_rows_and_never_reads_those_of_weight_zero():
-    mean = Mean(["a", "b"])
-    mean.update(
-        {"a": torch.tensor([1.0, 4.0, math.nan]), "b": torch.tensor([0.0, 2.0, 9.0])},
-        torch.tensor([1.0, 3.0, 0.0]),
-    )
-    assert mean.compute() == {"a": 13 / 4, "b": 6 / 4}
-    assert mean.state().dtype == torch.float64
-    assert math.isnan(Mean(["a"]).compute()["a"])
-    mean.update({"a": torch.tensor([math.nan]), "b": torch.tensor([1.0])}, torch.ones(1))
-    assert math.isnan(mean.compute()["a"]), "a real row's NaN must show"
-
-
-@pytest.mark.parametrize("count", [1, 5, 7])
-@pytest.mark.parametrize("world", [2, 3, 4])
-def test_sums_of_shards_add_up_to_the_sums_of_the_whole(count, world):
-    values = torch.rand(count, generator=torch.Generator().manual_seed(count))
-    whole = Mean(["x"])
-    whole.update({"x": values}, torch.ones(count))
-    total = torch.zeros_like(whole.state())
-    for rank in range(world):
-        share = Mean(["x"])
-        mine = values[rank::world]
-        share.update({"x": mine}, torch.ones(len(mine)))
-        total += share.state()
-    joined = Mean(["x"])
-    joined.load(total)
-    assert joined.compute()["x"] == pytest.approx(whole.compute()["x"], abs=1e-15)

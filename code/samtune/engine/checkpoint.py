@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from samtune.engine.distributed import unwrap
 from samtune.errors import UserError
+from samtune.run_folder import RunFolder
 
 IDENTITY = ("adapter", "model_type", "image_size", "base_sha256")  # what a file cannot change
 _METADATA_KEY = "samtune"
@@ -34,28 +35,25 @@ _SHOWN_NAMES = 6
 Renames = Sequence[tuple[str, str | None]]
 
 
-class RunFolder:
-    """The files of one run. `metadata` describes the model and goes into each of them."""
+class Checkpoints:
+    """The two checkpoints of one run. `metadata` describes the model and goes into each of them."""
 
-    def __init__(self, path: str | Path, metadata: Mapping[str, Any] = {}, save_pth: bool = False):
-        self.path, self.metadata, self.save_pth = Path(path), dict(metadata), save_pth
-        self.last = self.path / "last.pt"
-        self.best = self.path / "best.safetensors"
-        self.best_pth = self.path / "best.pth"
+    def __init__(self, folder: RunFolder, metadata: Mapping[str, Any], save_pth: bool = False):
+        self.folder, self.metadata, self.save_pth = folder, dict(metadata), save_pth
 
     def save_best(self, model: nn.Module, **facts) -> None:
         """Write the adapted state; `facts` (epoch, scores) join the metadata."""
-        save_adapted(self.best, model, self.metadata | facts)
+        save_adapted(self.folder.best, model, self.metadata | facts)
         if self.save_pth:
-            save_parent(self.best_pth, model)
+            save_parent(self.folder.best_pth, model)
 
     def save_last(self, state: Mapping[str, Any]) -> None:
-        save_run_state(self.last, {**state, "metadata": self.metadata})
+        save_run_state(self.folder.last, {**state, "metadata": self.metadata})
 
     def load_last(self) -> dict[str, Any]:
         """The run state. Raises UserError if it belongs to another model than this run's."""
-        state = load_run_state(self.last)
-        require_same(self.last, state.get("metadata", {}), self.metadata)
+        state = load_run_state(self.folder.last)
+        require_same(self.folder.last, state.get("metadata", {}), self.metadata)
         return state
 
 

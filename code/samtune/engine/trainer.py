@@ -20,11 +20,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from samtune.engine import distributed
-from samtune.engine.checkpoint import RunFolder, adapted_state, load_adapted_state
+from samtune.engine.checkpoint import Checkpoints, adapted_state, load_adapted_state
 from samtune.engine.distributed import Process, StopSignal
 from samtune.engine.optim import autocast, resolve_precision
 from samtune.engine.progress import Progress, Sums, describe_plan
-from samtune.errors import UserError
+from samtune.errors import Interrupted, UserError
 from samtune.structures import Batch, Prediction
 
 Criterion = Callable[[Prediction, Batch], tuple[Tensor, dict[str, Tensor]]]
@@ -34,10 +34,6 @@ _Seen = tuple[list[str], Tensor | None, dict[str, Tensor]]
 
 # fp16's loss scale halves at each overflow: from 2^16, this many in a row leave nothing to halve.
 _OVERFLOWS_IN_A_ROW = 30
-
-
-class Interrupted(Exception):
-    """A signal ended the run between two steps; its state was saved and can be resumed."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +171,7 @@ class Trainer:
         make_batches: Callable[[int, int], Iterable[Batch]],
         validate: Callable[[], dict[str, float]],
         logbook,
-        folder: RunFolder,
+        saved: Checkpoints,
         *,
         epochs: int,
         monitor: str = "loss",
@@ -189,7 +185,7 @@ class Trainer:
         make_batches(epoch, first step): the rest of that epoch's micro-batches, in that order.
         validate: scores by name, one of them `monitor` ('loss' is better when lower, 'iou' and
         'dice' when higher). patience: -1 means half of the epochs, 0 never stops. resume: what
-        `folder.load_last()` returned. Epochs count from 0 in plan and loader, from 1 in records.
+        `saved.load_last()` returned. Epochs count from 0 in plan and loader, from 1 in records.
 
         Raises Interrupted when a signal came and the state was saved; UserError when the loss is
         not finite, the GPU's memory is too small or the folder cannot be written.
@@ -207,13 +203,13 @@ class Trainer:
                 started = time.monotonic()
                 for _ in self._epoch(plan, make_batches, logbook, epochs):
                     if stop.agreed():
-                        self._interrupt(folder, plan, epochs)
+                        self._interrupt(saved, plan, epochs)
                 if stop.settle():
-                    self._interrupt(folder, plan, epochs)
-                self._finish_epoch(validate, monitor, logbook, folder, started)
-                self._save_last(folder, plan, epochs)
+                    self._interrupt(saved, plan, epochs)
+                self._finish_epoch(validate, monitor, logbook, saved, started)
+                self._save_last(saved, plan, epochs)
                 if stop.settle() and goes_on():
-                    raise Interrupted(self._farewell(folder))
+                    raise Interrupted(self._farewell(saved))
         done = self.progress
         return FitResult(done.best, done.best_epoch, done.epoch, stopped_early=done.epoch < epochs)
 
@@ -236,7 +232,7 @@ class Trainer:
             if step + 1 < last:
                 yield
 
-    def _finish_epoch(self, validate, monitor, logbook, folder: RunFolder, started: float) -> None:
+    def _finish_epoch(self, validate, monitor, logbook, saved: Checkpoints, started: float) -> None:
         """Validate, tell, and keep what improved: before anything decides to stop."""
         self.check()
         train = self.sums.means()
@@ -257,29 +253,29 @@ class Trainer:
             with distributed.together():
                 if self.process.is_main:
                     facts = {name: record[name] for name in ("epoch", "step", "validation")}
-                    folder.save_best(self.model, monitor=monitor, **facts)
+                    saved.save_best(self.model, monitor=monitor, **facts)
         self.progress.epoch += 1
         self.progress.step = 0
         self.sums = Sums(self.process.device)
 
-    def _interrupt(self, folder: RunFolder, plan, epochs: int) -> None:
-        self._save_last(folder, plan, epochs)
-        raise Interrupted(self._farewell(folder))
+    def _interrupt(self, saved: Checkpoints, plan, epochs: int) -> None:
+        self._save_last(saved, plan, epochs)
+        raise Interrupted(self._farewell(saved))
 
-    def _farewell(self, folder: RunFolder) -> str:
+    def _farewell(self, saved: Checkpoints) -> str:
         return (
             f"interrupted in epoch {self.progress.epoch + 1} after {self.progress.step} of its "
-            f"steps; everything is saved: --resume {folder.path} goes on from there"
+            f"steps; everything is saved: --resume {saved.folder.path} goes on from there"
         )
 
-    def _save_last(self, folder: RunFolder, plan, epochs: int) -> None:
+    def _save_last(self, saved: Checkpoints, plan, epochs: int) -> None:
         """Collective. Write everything needed to go on, unless the latest step went wrong."""
         self.check()
         mine = {"sums": self.sums.state(), "rng": _random_state(self.process.device)}
         of_ranks = distributed.gather_objects(mine)
         with distributed.together():
             if self.process.is_main:
-                folder.save_last(
+                saved.save_last(
                     {
                         "model": adapted_state(self.model),
                         "optimizer": self.optimizer.state_dict(),
