@@ -1,0 +1,3 @@
+"""Fixtures of the models and adapters."""
+
+CHECKS: dict = {}
