@@ -17,7 +17,6 @@ from samtune.errors import UserError
 
 if TYPE_CHECKING:
     from samtune.models.sam import Sam
-
     from samtune.models.segmenter import PromptedSam
     from samtune.models.weights import LoadReport
 

@@ -12,7 +12,6 @@ from samtune.models import MODEL_TYPES
 
 if TYPE_CHECKING:
     from samtune.models.sam import Sam
-
     from samtune.models.segmenter import PromptedSam
 
 

@@ -6,10 +6,9 @@ Deviation: heads that no loss reads stay frozen instead of decaying.
 
 from __future__ import annotations
 
-from samtune.models.sam import Sam
-
 from samtune.adapters.layers import thaw_decoder
 from samtune.adapters.options import DecoderOptions
+from samtune.models.sam import Sam
 from samtune.models.segmenter import PromptedSam
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from samtune.models.sam import ImageEncoderViT, Sam
 from torch import Tensor, nn
 
+from samtune.models.sam import ImageEncoderViT, Sam
 from samtune.models.segmenter import PromptedSam
 
 

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import math
 
-from samtune.models.sam import ImageEncoderViT, Sam
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from samtune.adapters.layers import AdaptedEncoder, high_pass, thaw_decoder
 from samtune.adapters.options import SamAdapterOptions
+from samtune.models.sam import ImageEncoderViT, Sam
 from samtune.models.segmenter import PromptedSam
 
 _REDUCTION = 32  # official: the encoder's width over the adapter's
@@ -62,7 +62,7 @@ class ParentEncoder(AdaptedEncoder):
         features = self.patch_embed_tune(x) + edges  # (B, h, w, tune_out)
         first, *others = self.task_adapter_blocks
         x = x + self.task_adapter_up(first(features))
-        for block, adapter in zip(self.blocks, others):
+        for block, adapter in zip(self.blocks, others, strict=True):
             x = block(x) + self.task_adapter_up(adapter(features))
         return self.neck(x.permute(0, 3, 1, 2))
 

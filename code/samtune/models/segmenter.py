@@ -11,6 +11,8 @@ from samtune.models.prompt_encoder import embed_prompts, no_mask, position_encod
 from samtune.models.weights import LoadReport
 from samtune.structures import Prediction, Prompts
 
+NO_PROMPT = Prompts()  # one row per image, which asks for whatever SAM finds by itself
+
 
 class PromptedSam(nn.Module):
     """SAM's three parts with a batched forward: no loop over images, no wait for the GPU.
@@ -43,7 +45,7 @@ class PromptedSam(nn.Module):
         return self.image_encoder.img_size
 
     def forward(
-        self, image: Tensor, prompts: Prompts = Prompts(), valid_size: Tensor | None = None
+        self, image: Tensor, prompts: Prompts = NO_PROMPT, valid_size: Tensor | None = None
     ) -> Prediction:
         """Segment what the prompts ask for.
 
@@ -56,7 +58,7 @@ class PromptedSam(nn.Module):
         """(B, 3, S, S) uint8 -> (B, C, h, w) features, which any number of prompts can share."""
         return self.image_encoder(self.preprocess(image, valid_size))
 
-    def decode(self, features: Tensor, prompts: Prompts = Prompts()) -> Prediction:
+    def decode(self, features: Tensor, prompts: Prompts = NO_PROMPT) -> Prediction:
         """(B, C, h, w) features and R prompts -> a prediction of R rows."""
         if prompts.image_index is not None:
             features = features[prompts.image_index]

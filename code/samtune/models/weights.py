@@ -199,8 +199,11 @@ def _type_anatomy(model_type: ModelType) -> tuple[int, int, int]:
 
 def _read(path: Path):
     """Whatever the file holds, read without executing anything in it."""
-    with open(path, "rb") as file:
-        head = file.read(256).lstrip()
+    try:
+        with open(path, "rb") as file:
+            head = file.read(256).lstrip()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if head.startswith(b"<"):
         raise UserError(f"{path} is a web page, not a checkpoint: download the file itself")
     if head.startswith(b"version https://git-lfs"):
@@ -218,7 +221,7 @@ def _read(path: Path):
             f"{path} holds more than tensors, which could run code when read: save its state dict "
             "alone and use that"
         ) from None
-    except (SafetensorError, RuntimeError, EOFError, ValueError, KeyError):
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError):
         raise UserError(damaged) from None
 
 
