@@ -43,8 +43,8 @@ def test_the_parent_adds_one_more_adapter_than_there_are_blocks(encoder):
 
 
 MAKERS = {
-    "parent": lambda e: ParentEncoder(e, 12, 6),
-    "official": lambda e: OfficialEncoder(e, True),
+    "parent": lambda encoder: ParentEncoder(encoder, tune_out=12, hidden_dim=6),
+    "official": lambda encoder: OfficialEncoder(encoder, published=True),
 }
 
 
@@ -63,9 +63,9 @@ def test_published_starting_values(tiny):
     torch.manual_seed(0)
     wide = replace(tiny, embed_dim=1024, num_heads=4, depth=1, global_blocks=())
     generator = OfficialEncoder(build_image_encoder(wide, 64), True).prompt_generator
-    assert float(generator.embedding_generator.weight.std()) == pytest.approx(0.02, rel=0.05)
+    assert generator.embedding_generator.weight.std().item() == pytest.approx(0.02, rel=0.05)
     conv = generator.prompt_generator.proj
-    assert float(conv.weight.std()) == pytest.approx(math.sqrt(2 / (16 * 16 * 32)), rel=0.05)
+    assert conv.weight.std().item() == pytest.approx(math.sqrt(2 / (16 * 16 * 32)), rel=0.05)
     assert not conv.bias.any() and not generator.shared_mlp.bias.any()
 
 

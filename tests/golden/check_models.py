@@ -12,6 +12,7 @@ from samtune.adapters.options import DecoderOptions, SamAdapterOptions
 from samtune.adapters.sam_adapter import OfficialEncoder, ParentEncoder
 from samtune.models import ModelType
 from samtune.models.mask_decoder import decode_masks
+from samtune.models.positions import resize_pos_embed, resize_rel_pos
 from samtune.models.prompt_encoder import embed_prompts, no_mask, position_encoding
 from samtune.models.sam import (
     build_image_encoder,
@@ -19,7 +20,6 @@ from samtune.models.sam import (
     build_prompt_encoder,
     build_sam,
 )
-from samtune.models.weights import resize_pos_embed, resize_rel_pos
 from samtune.structures import Batch, Frame, Frames, Prediction, Prompts
 from torch.nn import functional as F
 

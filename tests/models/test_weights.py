@@ -13,14 +13,13 @@ from safetensors.torch import save_file
 from samtune.config import ModelOptions
 from samtune.errors import UserError
 from samtune.models import MODEL_TYPES
+from samtune.models.positions import resize_pos_embed, resize_rel_pos
 from samtune.models.sam import build_sam
 from samtune.models.weights import (
     file_sha256,
     find_checkpoint,
     load_base,
     read_state_dict,
-    resize_pos_embed,
-    resize_rel_pos,
 )
 
 
@@ -224,10 +223,11 @@ def server(tmp_path, monkeypatch, tiny):
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_response(200 if self.path == "/sam_tiny.pth" else 404)
-            self.send_header("Content-Length", str(len(content)))
+            found = self.path == "/sam_tiny.pth"
+            self.send_response(200 if found else 404)
+            self.send_header("Content-Length", str(len(content) if found else 0))
             self.end_headers()
-            self.wfile.write(content)
+            self.wfile.write(content if found else b"")
 
         def log_message(self, *_):
             pass

@@ -1,4 +1,7 @@
-"""A stock `segment_anything` Sam of any size, from the table of model types."""
+"""A `segment_anything` Sam of any size, from the table of model types.
+
+All classes are stock but the image encoder's attention, which has stock's parameters and values.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from segment_anything.modeling import (
 
 from samtune.errors import UserError
 from samtune.models import MODEL_TYPES, ModelType
+from samtune.models.attention import RelativeAttention
 
 
 def build_sam(model_type: str | ModelType, image_size: int = 0) -> Sam:
@@ -63,6 +67,8 @@ def build_image_encoder(model_type: ModelType, image_size: int) -> ImageEncoderV
         window_size=model_type.window_size,
         global_attn_indexes=model_type.global_blocks,
     )
+    for block in encoder.blocks:
+        block.attn = RelativeAttention(block.attn)
     # Stock starts the position table at zero, because weights are always loaded over it.
     torch.nn.init.trunc_normal_(encoder.pos_embed, std=0.02)
     return encoder

@@ -17,12 +17,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from segment_anything.modeling import Sam
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from samtune.config import ModelOptions
 from samtune.errors import UserError
 from samtune.models import MODEL_TYPES, ModelType
+from samtune.models.positions import resize_pos_embed, resize_rel_pos
 from samtune.models.sam import resolve_model_type
 
 _WRAPPERS = ("model", "state_dict", "model_state_dict")  # common keys around a state dict
@@ -116,19 +116,6 @@ def load_base(sam: Sam, path: str | Path) -> LoadReport:
     return LoadReport(loaded, tuple(resized), unused=unused)
 
 
-def resize_pos_embed(table: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(1, h, w, C) absolute positions -> (1, *grid, C), bilinear."""
-    table = table.permute(0, 3, 1, 2).float()
-    table = F.interpolate(table, grid, mode="bilinear", align_corners=False)
-    return table.permute(0, 2, 3, 1)
-
-
-def resize_rel_pos(table: Tensor, length: int) -> Tensor:
-    """(2 h - 1, C) relative positions of an axis -> (length, C), linear."""
-    table = F.interpolate(table.T[None].float(), length, mode="linear", align_corners=False)
-    return table[0].T.contiguous()
-
-
 def file_sha256(path: str | Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
@@ -153,7 +140,7 @@ def _resize_positions(sam: Sam, given: dict, wanted: dict) -> list[str]:
         if table is None or table.shape == target.shape:
             continue
         if table.ndim == target.ndim and table.shape[-1] == target.shape[-1]:
-            given[name] = resize(table, target.shape)
+            given[name] = resize(table.float(), target.shape)
             resized.append(name)
     return resized
 
