@@ -352,7 +352,7 @@ def check_parameters_after(fixture: Fixture, model) -> None:
             compared += int(clear.sum())
             error = (parameter - expected).abs().where(clear, 0)
             assert error.max() < 1e-6, f"{name} differs by {error.max():.3g} after the step"
-    assert compared > 1000, "hardly any parameter was compared"
+    assert compared > 100, "hardly any parameter was compared"
 
 
 # Prompts and positions

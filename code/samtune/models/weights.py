@@ -48,7 +48,8 @@ class LoadReport:
             f"{len(self.loaded)} tensors loaded, {len(self.resized)} resized, "
             f"{len(self.new)} new, {len(self.unused)} unused"
         )
-        return text + (f" ({', '.join(self.unused[:3])} ...)" if self.unused else "")
+        more = " ..." if len(self.unused) > 3 else ""
+        return text + (f" ({', '.join(self.unused[:3])}{more})" if self.unused else "")
 
 
 def find_checkpoint(options: ModelOptions, folder: Path = Path("checkpoints")) -> Path | None:
