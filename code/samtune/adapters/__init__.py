@@ -1,0 +1,107 @@
+"""The ways to adapt SAM, and the one door to an adapted model.
+
+A new adapter is one file beside this one and one row in `ADAPTERS`. Importing this imports nothing
+heavy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from samtune.adapters.base import Adapter
+from samtune.adapters.options import DecoderOptions, SamAdapterOptions
+from samtune.config import ModelOptions
+from samtune.errors import UserError
+
+if TYPE_CHECKING:
+    from samtune.models.sam import Sam
+    from samtune.models.segmenter import PromptedSam
+    from samtune.models.weights import LoadReport
+
+ADAPTERS: dict[str, Adapter] = {
+    "decoder": Adapter(
+        name="decoder",
+        summary="trains the mask decoder, the image encoder as it is",
+        options=DecoderOptions,
+        module="samtune.adapters.decoder",
+        prompts=("box", "none"),
+        backbones=("vit",),
+        source="Kyyle2114/Fine-tuning-Segment-Anything a7cf899",
+    ),
+    "sam_adapter": Adapter(
+        name="sam_adapter",
+        summary="adds high-frequency and patch features to every block of the image encoder",
+        options=SamAdapterOptions,
+        module="samtune.adapters.sam_adapter",
+        prompts=("box", "none"),
+        backbones=("vit",),
+        source="arXiv 2304.09148; Kyyle2114/SAM-Adapter-Pytorch-Implementation 66b0e9e (parent), "
+        "tianrun-chen/SAM-Adapter-PyTorch 665145d (official)",
+        renames=(
+            (r"^image_encoder\.task_adapter_blocks\.\d+\.up_projection\..*$", None),  # aliases
+            (r"^(no_mask_embed\..*)$", r"prompt_encoder.\1"),
+            (r"^(pe_layer\..*)$", r"prompt_encoder.\1"),
+        ),
+    ),
+}
+
+
+def build_model(
+    options: ModelOptions,
+    adapter_options,
+    prompt: str,
+    checkpoint: Path | None,
+    seed: int,
+) -> PromptedSam:
+    """SAM with its base weights, adapted, thawed where it trains, on the CPU in eval mode.
+
+    checkpoint: the base weights, None for random ones. The global random state is left untouched;
+    equal seeds give equal models, and `build_untuned` the same base. Raises UserError for a
+    combination that the adapter refuses or a checkpoint that does not fit.
+    """
+    from samtune.adapters.layers import seeded, thaw_decoder
+
+    if options.adapter not in ADAPTERS:
+        raise UserError(f"--adapter {options.adapter}: choose from {', '.join(ADAPTERS)}")
+    adapter = ADAPTERS[options.adapter]
+    adapter.check(options, prompt)
+    sam, report = _frozen_base(options, checkpoint, seed)
+    with seeded(seed + 1):
+        model = adapter.build(sam, adapter_options)
+    if options.train == "all" or (options.train == "auto" and checkpoint is None):
+        model.image_encoder.requires_grad_(True)
+        thaw_decoder(model)
+    return _account(model, report).eval()
+
+
+def build_untuned(options: ModelOptions, checkpoint: Path | None, seed: int) -> PromptedSam:
+    """Stock SAM, all frozen: what `build_model` starts from with the same arguments."""
+    from samtune.models.segmenter import PromptedSam
+
+    sam, report = _frozen_base(options, checkpoint, seed)
+    return _account(PromptedSam(sam), report).eval()
+
+
+def _frozen_base(
+    options: ModelOptions, checkpoint: Path | None, seed: int
+) -> tuple[Sam, LoadReport | None]:
+    from samtune.adapters.layers import seeded
+    from samtune.models.sam import build_sam
+    from samtune.models.weights import load_base
+
+    with seeded(seed):
+        sam = build_sam(options.model_type, options.image_size)
+    report = load_base(sam, checkpoint) if checkpoint else None
+    return sam.requires_grad_(False), report
+
+
+def _account(model: PromptedSam, report: LoadReport | None) -> PromptedSam:
+    """Note which tensors the base checkpoint brought, and which are the adapter's own."""
+    if report is not None:
+        base = {*report.loaded, *report.resized}
+        new = tuple(name for name in model.state_dict() if name not in base)
+        model.load_report = replace(report, new=new)
+        model.base_keys = frozenset(base) - model.own_keys
+    return model

@@ -1,0 +1,18 @@
+"""Mask-decoder tuning: image and prompt encoder stay as they are.
+
+Source: Kyyle2114/Fine-tuning-Segment-Anything a7cf899.
+Deviation: heads that no loss reads stay frozen instead of decaying.
+"""
+
+from __future__ import annotations
+
+from samtune.adapters.layers import thaw_decoder
+from samtune.adapters.options import DecoderOptions
+from samtune.models.sam import Sam
+from samtune.models.segmenter import PromptedSam
+
+
+def build(sam: Sam, options: DecoderOptions) -> PromptedSam:
+    """Thaw the mask decoder of a frozen Sam."""
+    thaw_decoder(sam)
+    return PromptedSam(sam)

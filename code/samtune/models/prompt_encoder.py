@@ -1,0 +1,85 @@
+"""Prompts as tokens: the maths of SAM's prompt encoder on its own parameters, one row per prompt.
+
+The stock forward equals this to rounding. It is written anew because stock's point labels are
+boolean-mask assignments (each waits for the GPU), its grid is a cumulative sum (no deterministic
+GPU kernel) and its dense map has one fixed grid.
+
+Source: facebookresearch/segment-anything dca509f, arXiv 2304.02643, appendix A.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from segment_anything.modeling import PromptEncoder
+from torch import Tensor
+from torch.nn import functional as F
+
+from samtune.structures import Prompts
+
+
+def embed_prompts(encoder: PromptEncoder, prompts: Prompts, rows: int) -> Tensor:
+    """(rows, T, C) sparse tokens: the points, then the two corners of the box.
+
+    T is N + 1 for N points alone (SAM appends one padding point), 2 for a box alone, N + 2 for
+    both, 0 without either.
+    """
+    tokens = []
+    if prompts.points is not None:
+        points, labels = prompts.points, prompts.point_labels
+        if prompts.boxes is None:
+            points, labels = F.pad(points, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=-1)
+        tokens.append(_embed_points(encoder, points, labels))
+    if prompts.boxes is not None:
+        corners = _encode(encoder, _to_unit(encoder, prompts.boxes.reshape(-1, 2, 2)))
+        kinds = [encoder.point_embeddings[2].weight, encoder.point_embeddings[3].weight]
+        tokens.append(corners + torch.cat(kinds))  # (R, 2, C)
+    if not tokens:
+        return encoder.no_mask_embed.weight.new_zeros(rows, 0, encoder.embed_dim)
+    return torch.cat(tokens, dim=1)
+
+
+def no_mask(encoder: PromptEncoder) -> Tensor:
+    """(1, C, 1, 1): the dense prompt where no mask is given, the same in every cell."""
+    return encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
+
+
+def position_encoding(encoder: PromptEncoder, grid: tuple[int, int]) -> Tensor:
+    """(1, C, h, w): the encoding of the cell centres of a grid of h rows and w columns."""
+    weight = encoder.no_mask_embed.weight
+    y, x = (
+        (torch.arange(length, device=weight.device, dtype=weight.dtype) + 0.5) / length
+        for length in grid
+    )
+    cells = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)  # (h, w, 2)
+    return _encode(encoder, cells).permute(2, 0, 1)[None]
+
+
+def _embed_points(encoder: PromptEncoder, points: Tensor, labels: Tensor) -> Tensor:
+    """(R, N, 2) pixels and (R, N) labels -> (R, N, C); a padding point is its vector alone."""
+    label = labels[..., None]
+    encoding = _encode(encoder, _to_unit(encoder, points)).masked_fill(label == -1, 0)
+    kinds = (
+        (-1, encoder.not_a_point_embed),
+        (0, encoder.point_embeddings[0]),
+        (1, encoder.point_embeddings[1]),
+    )
+    for value, embedding in kinds:
+        encoding = encoding + (label == value) * embedding.weight
+    return encoding
+
+
+def _to_unit(encoder: PromptEncoder, xy: Tensor) -> Tensor:
+    """Pixels of the frame to 0..1, taken at the pixel's centre."""
+    height, width = encoder.input_image_size
+    x, y = (xy.to(encoder.no_mask_embed.weight.dtype) + 0.5).unbind(-1)
+    return torch.stack([x / width, y / height], dim=-1)
+
+
+def _encode(encoder: PromptEncoder, xy: Tensor) -> Tensor:
+    """(..., 2) coordinates in 0..1 -> (..., C) sines, then cosines, of random frequencies."""
+    along_x, along_y = encoder.pe_layer.positional_encoding_gaussian_matrix  # (C / 2,) each
+    x, y = (2 * xy - 1).unsqueeze(-1).unbind(-2)
+    phase = 2 * math.pi * (x * along_x + y * along_y)  # no matmul: TF32 would blur positions
+    return torch.cat([phase.sin(), phase.cos()], dim=-1)

@@ -1,0 +1,101 @@
+"""A `segment_anything` Sam of any size, from the table of model types.
+
+All classes are stock but the image encoder's attention, which has stock's parameters and values.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from segment_anything.modeling import (
+    ImageEncoderViT,
+    MaskDecoder,
+    PromptEncoder,
+    Sam,
+    TwoWayTransformer,
+)
+
+from samtune.errors import UserError
+from samtune.models import MODEL_TYPES, ModelType
+from samtune.models.attention import RelativeAttention
+
+
+def build_sam(model_type: str | ModelType, image_size: int = 0) -> Sam:
+    """Stock SAM with random weights, in eval mode.
+
+    image_size: side of the square input in pixels; 0 takes the type's own. The caller seeds torch.
+    Raises UserError for an unknown type or a size that is no multiple of the patch.
+    """
+    model_type = resolve_model_type(model_type)
+    image_size = image_size or model_type.image_size
+    if image_size < 1 or image_size % model_type.patch_size:
+        raise UserError(
+            f"--image_size {image_size}: it must be a positive multiple of "
+            f"{model_type.patch_size} pixels, the side of a patch"
+        )
+    grid = image_size // model_type.patch_size
+    sam = Sam(
+        image_encoder=build_image_encoder(model_type, image_size),
+        prompt_encoder=build_prompt_encoder(model_type, (grid, grid)),
+        mask_decoder=build_mask_decoder(model_type),
+    )
+    return sam.eval()
+
+
+def resolve_model_type(model_type: str | ModelType) -> ModelType:
+    """The row of `MODEL_TYPES`, or the given row itself."""
+    if isinstance(model_type, ModelType):
+        return model_type
+    if model_type not in MODEL_TYPES:
+        raise UserError(f"--model_type {model_type}: choose from {', '.join(MODEL_TYPES)}")
+    return MODEL_TYPES[model_type]
+
+
+def build_image_encoder(model_type: ModelType, image_size: int) -> ImageEncoderViT:
+    """(B, 3, S, S) normalised image -> (B, prompt_embed_dim, S / patch, S / patch) features."""
+    encoder = ImageEncoderViT(
+        img_size=image_size,
+        patch_size=model_type.patch_size,
+        embed_dim=model_type.embed_dim,
+        depth=model_type.depth,
+        num_heads=model_type.num_heads,
+        mlp_ratio=model_type.mlp_ratio,
+        out_chans=model_type.prompt_embed_dim,
+        norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
+        use_rel_pos=True,
+        window_size=model_type.window_size,
+        global_attn_indexes=model_type.global_blocks,
+    )
+    for block in encoder.blocks:
+        block.attn = RelativeAttention(block.attn)
+    # Stock starts the position table at zero, because weights are always loaded over it.
+    torch.nn.init.trunc_normal_(encoder.pos_embed, std=0.02)
+    return encoder
+
+
+def build_prompt_encoder(model_type: ModelType, grid: tuple[int, int]) -> PromptEncoder:
+    """Prompts in a frame of `grid` patches (rows, columns) -> sparse tokens and a dense map."""
+    height, width = grid
+    return PromptEncoder(
+        embed_dim=model_type.prompt_embed_dim,
+        image_embedding_size=(height, width),
+        input_image_size=(height * model_type.patch_size, width * model_type.patch_size),
+        mask_in_chans=model_type.mask_in_chans,
+    )
+
+
+def build_mask_decoder(model_type: ModelType) -> MaskDecoder:
+    """Features and prompt tokens -> mask logits at four times the grid; see `decode_masks`."""
+    return MaskDecoder(
+        transformer_dim=model_type.prompt_embed_dim,
+        transformer=TwoWayTransformer(
+            depth=model_type.decoder_depth,
+            embedding_dim=model_type.prompt_embed_dim,
+            num_heads=model_type.decoder_heads,
+            mlp_dim=model_type.decoder_mlp_dim,
+        ),
+        num_multimask_outputs=model_type.multimask_outputs,
+        iou_head_depth=model_type.iou_head_depth,
+        iou_head_hidden_dim=model_type.iou_head_hidden_dim,
+    )

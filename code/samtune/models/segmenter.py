@@ -1,0 +1,96 @@
+"""PromptedSam: images and prompts in, mask logits out; the one interface that training sees."""
+
+from __future__ import annotations
+
+import torch
+from segment_anything.modeling import Sam
+from torch import Tensor, nn
+
+from samtune.models.mask_decoder import decode_masks
+from samtune.models.prompt_encoder import embed_prompts, no_mask, position_encoding
+from samtune.models.weights import LoadReport
+from samtune.structures import Prediction, Prompts
+
+NO_PROMPT = Prompts()  # one row per image, which asks for whatever SAM finds by itself
+
+
+class PromptedSam(nn.Module):
+    """SAM's three parts with a batched forward: no loop over images, no wait for the GPU.
+
+    The parts hang directly on this module, so names in the state dict are those of stock SAM.
+    An adapter that only alters parts of `sam` returns a plain `PromptedSam`. One with another
+    path from image to masks (an own decoder, other position encodings, further loss terms)
+    subclasses and overrides `encode`, `decode` or `forward`; whatever `encode` returns goes to
+    `decode` as it is, and further loss terms go into `Prediction.aux`.
+
+    own_keys: names that the base checkpoint holds too but that an adapted checkpoint must carry.
+    base_keys: names that need not be saved, as the base checkpoint brings them; empty when there is
+    none. load_report: what became of each tensor of the base checkpoint, None when there is none.
+    """
+
+    def __init__(self, sam: Sam, own_keys: frozenset[str] = frozenset()):
+        super().__init__()
+        self.image_encoder = sam.image_encoder
+        self.prompt_encoder = sam.prompt_encoder
+        self.mask_decoder = sam.mask_decoder
+        self.register_buffer("pixel_mean", sam.pixel_mean.clone(), persistent=False)
+        self.register_buffer("pixel_std", sam.pixel_std.clone(), persistent=False)
+        self.own_keys = own_keys
+        self.base_keys: frozenset[str] = frozenset()
+        self.load_report: LoadReport | None = None
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square frame, pixels."""
+        return self.image_encoder.img_size
+
+    def forward(
+        self, image: Tensor, prompts: Prompts = NO_PROMPT, valid_size: Tensor | None = None
+    ) -> Prediction:
+        """Segment what the prompts ask for.
+
+        image: (B, 3, S, S) uint8 RGB. valid_size: (B, 2) height and width without padding, None
+        when nothing is padded. Returns logits (R, 1, 4h, 4w) for a grid of h x w patches.
+        """
+        return self.decode(self.encode(image, valid_size), prompts)
+
+    def encode(self, image: Tensor, valid_size: Tensor | None = None) -> Tensor:
+        """(B, 3, S, S) uint8 -> (B, C, h, w) features, which any number of prompts can share."""
+        return self.image_encoder(self.preprocess(image, valid_size))
+
+    def decode(self, features: Tensor, prompts: Prompts = NO_PROMPT) -> Prediction:
+        """(B, C, h, w) features and R prompts -> a prediction of R rows."""
+        if prompts.image_index is not None:
+            features = features[prompts.image_index]
+        with torch.autocast(features.device.type, enabled=False):
+            sparse = embed_prompts(self.prompt_encoder, prompts, len(features))
+            dense = no_mask(self.prompt_encoder)
+            image_pe = position_encoding(self.prompt_encoder, features.shape[-2:])
+        return Prediction(*decode_masks(self.mask_decoder, features, image_pe, sparse, dense))
+
+    def preprocess(self, image: Tensor, valid_size: Tensor | None = None) -> Tensor:
+        """(B, 3, S, S) uint8 -> normalised floats, zero (the mean colour) where padded."""
+        image = (image.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
+        if valid_size is None:
+            return image
+        height, width = (torch.arange(n, device=image.device) for n in image.shape[-2:])
+        rows = height < valid_size[:, :1]  # (B, S)
+        columns = width < valid_size[:, 1:]
+        return image.where((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
+
+    def train(self, mode: bool = True) -> PromptedSam:
+        """Training mode for what trains; frozen parts stay in eval mode, their statistics still."""
+        super().train(mode)
+        if mode:
+            for module in self.modules():
+                parameters = list(module.parameters())
+                if parameters and not any(p.requires_grad for p in parameters):
+                    module.eval()
+        return self
+
+    def as_sam(self) -> Sam:
+        """A stock Sam that shares these parts, for `segment_anything.SamPredictor`."""
+        sam = Sam(self.image_encoder, self.prompt_encoder, self.mask_decoder)
+        sam.pixel_mean, sam.pixel_std = self.pixel_mean, self.pixel_std
+        sam.training = self.training
+        return sam

@@ -1,0 +1,254 @@
+"""SAM's weights: where the file lies, what is in it, and that every tensor finds its place."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import pickle
+import tempfile
+import urllib.request
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from segment_anything.modeling import Sam
+from torch import Tensor
+from tqdm import tqdm
+
+from samtune.config import ModelOptions
+from samtune.errors import UserError
+from samtune.models import MODEL_TYPES, ModelType
+from samtune.models.positions import resize_pos_embed, resize_rel_pos
+from samtune.models.sam import resolve_model_type
+
+_WRAPPERS = ("model", "state_dict", "model_state_dict")  # common keys around a state dict
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of each tensor, by name.
+
+    loaded: taken as it is. resized: position tables brought to this image size. new: of the model
+    alone (an adapter's). unused: of the file alone.
+    """
+
+    loaded: tuple[str, ...]
+    resized: tuple[str, ...] = ()
+    new: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+
+    def summary(self) -> str:
+        """One line for the log."""
+        text = (
+            f"{len(self.loaded)} tensors loaded, {len(self.resized)} resized, "
+            f"{len(self.new)} new, {len(self.unused)} unused"
+        )
+        more = " ..." if len(self.unused) > 3 else ""
+        return text + (f" ({', '.join(self.unused[:3])}{more})" if self.unused else "")
+
+
+def find_checkpoint(options: ModelOptions, folder: Path = Path("checkpoints")) -> Path | None:
+    """The file with the base weights; None when the model starts from random ones.
+
+    A missing official file is fetched with `options.download`; let one process do that before the
+    others look. Raises UserError when the file is missing or cannot be fetched whole.
+    """
+    model_type = resolve_model_type(options.model_type)
+    if options.checkpoint == "none":
+        return None
+    if options.checkpoint == "auto":
+        if not model_type.file:
+            return None
+        path = folder / model_type.file
+    else:
+        path = Path(options.checkpoint)
+    if path.is_file():
+        return path
+    if not model_type.file or path.name != model_type.file:
+        raise UserError(f"--checkpoint {path}: there is no such file")
+    if not options.download:
+        raise UserError(_missing(options.model_type, model_type, path))
+    _download(options.model_type, model_type, path)
+    return path
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """The tensors in a .pth, .pt or .safetensors file, by name, on the CPU.
+
+    A surrounding {"model": ...} (or "state_dict", "model_state_dict") and the prefix `module.` are
+    taken off. Nothing in the file is executed. Raises UserError when it is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file")
+    state = _read(path)
+    while isinstance(state, dict) and (inner := [k for k in _WRAPPERS if k in state]):
+        state = state[inner[0]]
+    if not isinstance(state, dict) or not state:
+        raise UserError(f"{path} does not hold tensors by name, so it is no checkpoint")
+    if strange := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+        raise UserError(f"{path} is no checkpoint: its entry {strange[0]!r} is not a tensor")
+    if all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    return dict(state)
+
+
+def load_base(sam: Sam, path: str | Path) -> LoadReport:
+    """Load a SAM checkpoint into a stock Sam of any image size, accounting for every tensor.
+
+    Position tables are resized to the model's grid: the absolute one bilinearly, the relative ones
+    linearly and only in blocks of global attention. Any other difference of shape and any missing
+    tensor raises UserError, with the model type that the file looks like.
+    """
+    given = read_state_dict(path)
+    wanted = sam.state_dict()
+    resized = _resize_positions(sam, given, wanted)
+    unused = tuple(name for name in given if name not in wanted)
+    other_size = _anatomy(given) not in (None, _anatomy(wanted))
+    if other_size or any(_shape(given, name) != t.shape for name, t in wanted.items()):
+        raise UserError(_explain_misfit(path, given, wanted))
+    sam.load_state_dict({name: given[name] for name in wanted})
+    loaded = tuple(name for name in wanted if name not in resized)
+    return LoadReport(loaded, tuple(resized), unused=unused)
+
+
+def file_sha256(path: str | Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _resize_positions(sam: Sam, given: dict, wanted: dict) -> list[str]:
+    """Resize position tables in `given` to the shapes in `wanted`; the names that were resized."""
+    name = "image_encoder.pos_embed"
+    resizers = {name: lambda table, shape: resize_pos_embed(table, tuple(shape[1:3]))}
+    for index, block in enumerate(sam.image_encoder.blocks):
+        if block.window_size == 0:  # global attention: the table's length is the grid's
+            for axis in "hw":
+                name = f"image_encoder.blocks.{index}.attn.rel_pos_{axis}"
+                resizers[name] = lambda table, shape: resize_rel_pos(table, shape[0])
+    resized = []
+    for name, resize in resizers.items():
+        table, target = given.get(name), wanted[name]
+        if table is None or table.shape == target.shape:
+            continue
+        if table.ndim == target.ndim and table.shape[-1] == target.shape[-1]:
+            given[name] = resize(table.float(), target.shape)
+            resized.append(name)
+    return resized
+
+
+def _explain_misfit(path, given: dict, wanted: dict) -> str:
+    """Why the tensors in the file are not those of the model, and what to do."""
+    anatomy = _anatomy(given)
+    if anatomy is None:
+        return f"{path} is no SAM checkpoint: it has no image encoder under SAM's names"
+    if anatomy != _anatomy(wanted):
+        names = [name for name, row in MODEL_TYPES.items() if _type_anatomy(row) == anatomy]
+        hint = f": add --model_type {names[0]}" if names else ""
+        return (
+            f"{path} holds a SAM of another size (width {anatomy[0]}, {anatomy[1]} blocks){hint}, "
+            "or choose another --checkpoint"
+        )
+    missing = [name for name in wanted if name not in given]
+    if missing:
+        return f"{path} is incomplete: {len(missing)} tensors are missing, first {missing[0]}"
+    name = next(name for name in wanted if given[name].shape != wanted[name].shape)
+    return (
+        f"{path} does not fit --model_type: {name} has shape {tuple(given[name].shape)} "
+        f"instead of {tuple(wanted[name].shape)}"
+    )
+
+
+def _shape(state: dict, name: str) -> torch.Size | None:
+    return state[name].shape if name in state else None
+
+
+def _anatomy(state: dict) -> tuple[int, int, int] | None:
+    """Width, blocks and feature channels of the image encoder in a state dict."""
+    patch, neck = "image_encoder.patch_embed.proj.weight", "image_encoder.neck.0.weight"
+    if patch not in state or neck not in state:
+        return None
+    blocks = {n.split(".")[2] for n in state if n.startswith("image_encoder.blocks.")}
+    return len(state[patch]), len(blocks), len(state[neck])
+
+
+def _type_anatomy(model_type: ModelType) -> tuple[int, int, int]:
+    return model_type.embed_dim, model_type.depth, model_type.prompt_embed_dim
+
+
+def _read(path: Path):
+    """Whatever the file holds, read without executing anything in it."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(256).lstrip()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    if head.startswith(b"<"):
+        raise UserError(f"{path} is a web page, not a checkpoint: download the file itself")
+    if head.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path} only points to a checkpoint: fetch the file with `git lfs pull`")
+    damaged = f"{path} is damaged or not whole: fetch it again"
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        mmap = zipfile.is_zipfile(path)  # torch's format since 1.6; an older one is read whole
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        if "GLOBAL" not in str(error):
+            raise UserError(damaged) from None
+        raise UserError(
+            f"{path} holds more than tensors, which could run code when read: save its state dict "
+            "alone and use that"
+        ) from None
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError):
+        raise UserError(damaged) from None
+
+
+def _missing(name: str, model_type: ModelType, path: Path, reason: str = "") -> str:
+    return (
+        f"the weights of {name} are missing{reason}: put {model_type.file} (from {model_type.url}) "
+        f"at {path}, or add --download, or start from random weights with --checkpoint none"
+    )
+
+
+def _download(name: str, model_type: ModelType, path: Path) -> None:
+    """Fetch the official file to `path`; nothing is left there unless it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            digest = _fetch(model_type.url, file)
+        if digest != model_type.sha256:
+            raise UserError(
+                f"{model_type.url} did not arrive whole (its SHA-256 is {digest}, not "
+                f"{model_type.sha256}): try again, or put the file at {path} yourself"
+            )
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except (OSError, http.client.HTTPException) as error:
+        reason = f" and could not be fetched ({error})"
+        raise UserError(_missing(name, model_type, path, reason)) from None
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _fetch(url: str, file) -> str:
+    """Copy a URL into an open file, with a progress bar; the SHA-256 of what was written."""
+    digest = hashlib.sha256()
+    with urllib.request.urlopen(url, timeout=30) as response:
+        size = int(response.headers.get("Content-Length", 0)) or None
+        with tqdm(desc=url.rpartition("/")[2], total=size, unit="B", unit_scale=True) as bar:
+            while chunk := response.read(_CHUNK):
+                file.write(chunk)
+                digest.update(chunk)
+                bar.update(len(chunk))
+    return digest.hexdigest()

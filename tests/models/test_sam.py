@@ -1,0 +1,88 @@
+"""Stock SAM in every size."""
+
+import pytest
+import torch
+from samtune.errors import UserError
+from samtune.models import MODEL_TYPES
+from samtune.models.attention import RelativeAttention
+from samtune.models.sam import build_sam
+from segment_anything.modeling import ImageEncoderViT
+
+# Totals with the prompt encoder's 6,220: published sizes of the image encoder and mask decoder.
+ENCODER = {"vit_b": 89_670_912, "vit_l": 308_278_272, "vit_h": 637_026_048}
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("name", ENCODER)
+def test_official_sizes(name):
+    with torch.device("meta"):
+        sam = build_sam(name)
+    assert count(sam.image_encoder) == ENCODER[name]
+    assert count(sam.mask_decoder) == 4_058_340
+    assert count(sam.prompt_encoder) == 6_220
+
+
+def test_official_sizes_are_those_of_the_stock_builders():
+    from segment_anything import sam_model_registry
+
+    with torch.device("meta"):
+        for name in ENCODER:
+            stock, ours = sam_model_registry[name](), build_sam(name)
+            shapes = {key: tensor.shape for key, tensor in stock.state_dict().items()}
+            assert shapes == {key: tensor.shape for key, tensor in ours.state_dict().items()}
+            windows = [block.window_size for block in stock.image_encoder.blocks]
+            assert windows == [block.window_size for block in ours.image_encoder.blocks]
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (5, 3)])
+def test_attention_equals_stock(tiny, grid):
+    """Windows and the whole grid, also one that the position tables were not made for."""
+    stock = ImageEncoderViT(
+        img_size=64, patch_size=16, embed_dim=32, depth=2, num_heads=2, use_rel_pos=True,
+        window_size=3, global_attn_indexes=(1,),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    for parameter in stock.parameters():
+        parameter.data.normal_(std=0.2)
+    for block in stock.blocks:
+        x = torch.randn(2, *grid, 32)
+        expected = block(x)
+        block.attn = RelativeAttention(block.attn)
+        assert torch.allclose(block(x), expected, atol=1e-5)
+
+
+def test_mini_is_a_few_million_parameters_at_256_pixels():
+    sam = build_sam("vit_mini")
+    assert 2e6 < count(sam) < 4e6
+    assert sam.image_encoder.img_size == 256
+    assert not sam.training
+
+
+def test_each_official_type_has_a_file_an_address_and_a_digest():
+    for name in ENCODER:
+        row = MODEL_TYPES[name]
+        assert row.url.endswith(row.file) and row.file.startswith(f"sam_{name}_")
+        assert len(row.sha256) == 64 and int(row.sha256, 16)
+
+
+@pytest.mark.parametrize("image_size", [100, -16, 1023])
+def test_image_size_must_be_a_multiple_of_the_patch(tiny, image_size):
+    with pytest.raises(UserError, match=rf"--image_size {image_size}.*16"):
+        build_sam(tiny, image_size)
+
+
+def test_unknown_model_type_lists_the_known():
+    with pytest.raises(UserError, match=r"--model_type vit_x.*vit_b"):
+        build_sam("vit_x")
+
+
+def test_image_size_sets_grid_and_frame(tiny):
+    sam = build_sam(tiny, 96)
+    assert sam.image_encoder.pos_embed.shape[1:3] == (6, 6)
+    assert sam.prompt_encoder.input_image_size == (96, 96)
+    assert sam.prompt_encoder.image_embedding_size == (6, 6)
+    features = sam.image_encoder(torch.zeros(1, 3, 96, 96))
+    assert features.shape == (1, 32, 6, 6)
