@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from samtune.adapters import ADAPTERS, build_model, build_untuned
 from samtune.adapters.layers import thaw_decoder
 from samtune.adapters.options import DecoderOptions, SamAdapterOptions

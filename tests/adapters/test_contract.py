@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from samtune.adapters import ADAPTERS, build_model
 from samtune.adapters.options import SamAdapterOptions
 from samtune.config import ModelOptions

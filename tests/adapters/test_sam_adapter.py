@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from samtune.adapters.layers import high_pass
 from samtune.adapters.sam_adapter import OfficialEncoder, ParentEncoder
 from samtune.models.sam import build_image_encoder

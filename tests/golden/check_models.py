@@ -6,6 +6,8 @@ import re
 
 import torch
 from fixture import Fixture, close
+from torch.nn import functional as F
+
 from samtune.adapters import ADAPTERS
 from samtune.adapters.layers import high_pass
 from samtune.adapters.options import DecoderOptions, SamAdapterOptions
@@ -21,7 +23,6 @@ from samtune.models.sam import (
     build_sam,
 )
 from samtune.structures import Batch, Frame, Frames, Prediction, Prompts
-from torch.nn import functional as F
 
 OUTPUT, GRADIENT, EXACT = 1e-5, 5e-5, 1e-12
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+
 from samtune.models import MODEL_TYPES, ModelType
 
 

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from segment_anything.modeling import ImageEncoderViT
+
 from samtune.errors import UserError
 from samtune.models import MODEL_TYPES
 from samtune.models.attention import RelativeAttention
 from samtune.models.sam import build_sam
-from segment_anything.modeling import ImageEncoderViT
 
 # Totals with the prompt encoder's 6,220: published sizes of the image encoder and mask decoder.
 ENCODER = {"vit_b": 89_670_912, "vit_l": 308_278_272, "vit_h": 637_026_048}

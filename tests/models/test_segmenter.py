@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from segment_anything import SamPredictor
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from samtune.models.mask_decoder import decode_masks
 from samtune.models.prompt_encoder import embed_prompts, no_mask, position_encoding
 from samtune.models.sam import build_sam
 from samtune.models.segmenter import PromptedSam
 from samtune.structures import Frame, Frames, Prompts
-from segment_anything import SamPredictor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import save_file
+
 from samtune.config import ModelOptions
 from samtune.errors import UserError
 from samtune.models import MODEL_TYPES
