@@ -60,8 +60,11 @@ def run(config: TrainConfig, resumed: RunFolder | None, process: Process) -> Tra
         _introduce(config, model, len(train_pairs), len(val_pairs), process, logbook)
         result = _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state)
         logbook.curves()
-        logbook.say(f"best: epoch {result.best_epoch}, validation {config.run.monitor} "
-                    f"{result.best:.5f}{' (stopped early)' if result.stopped_early else ''}")  # fmt: skip
+        early = " (stopped early: no better epoch since)" if result.stopped_early else ""
+        logbook.say(
+            f"best: epoch {result.best_epoch}, validation {config.run.monitor} "
+            f"{result.best:.5f}{early}"
+        )
         logbook.say(f"saved: {folder.best}   curves: {folder.curves}")
     finally:
         logbook.close()

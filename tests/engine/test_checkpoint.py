@@ -106,7 +106,7 @@ def test_the_file_says_what_it_is(tmp_path):
         "epoch": 3,
         "validation": {"loss": 0.5},
     }
-    assert not folder.best_pth.exists()
+    assert not folder.folder.best_pth.exists()
 
 
 def test_another_base_is_refused_by_what_differs(tmp_path):

@@ -12,6 +12,8 @@ from samtune.adapters import ADAPTERS
 from samtune.adapters.layers import high_pass
 from samtune.adapters.options import DecoderOptions, SamAdapterOptions
 from samtune.adapters.sam_adapter import OfficialEncoder, ParentEncoder
+from samtune.losses import bce_rows, iou_loss_rows
+from samtune.metrics.region import region_scores
 from samtune.models import ModelType
 from samtune.models.mask_decoder import decode_masks
 from samtune.models.positions import resize_pos_embed, resize_rel_pos
@@ -278,8 +280,6 @@ def check_train_step_sam_adapter(fixture: Fixture) -> None:
 
 def check_train_step(fixture: Fixture, adapter: str, options) -> None:
     """From the resized picture and the box to the parameters after one step."""
-    from samtune.losses import bce_rows, iou_loss_rows
-
     model = build_whole(fixture, adapter, options)
     image, frames = resized_batch(fixture, model.image_size)
     close(
@@ -298,7 +298,7 @@ def check_train_step(fixture: Fixture, adapter: str, options) -> None:
     close(logits.sigmoid(), fixture["output.prob"], OUTPUT, "prob")
     certain = logits.abs() > 1e-5
     assert torch.equal((logits > 0)[certain], fixture["output.pred_mask"].bool()[certain])
-    bce, iou_loss = (f(logits, fixture["input.mask"]) for f in (bce_rows, iou_loss_rows))
+    bce, iou_loss = (f(logits[:, 0], fixture["input.mask"]) for f in (bce_rows, iou_loss_rows))
     close(bce, fixture["output.per_image.bce"], OUTPUT, "bce")
     close(iou_loss, fixture["output.per_image.iou_loss"], OUTPUT, "iou_loss")
     check_scores(fixture, prediction, image, prompts, frames)
@@ -331,8 +331,6 @@ def check_prompt_parts(fixture: Fixture, model, prompts: Prompts) -> None:
 
 
 def check_scores(fixture: Fixture, prediction: Prediction, image, prompts, frames) -> None:
-    from samtune.metrics.region import region_scores
-
     mask = fixture["input.mask"]
     scores = region_scores(prediction, Batch(image, mask, prompts, frames, torch.ones(len(mask))))
     for name in ("dice", "iou"):
