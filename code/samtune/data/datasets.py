@@ -125,8 +125,10 @@ def collate(items: Sequence[Item]) -> Batch:
 
 
 def _stack_on_canvas(targets: list[np.ndarray]) -> np.ndarray:
-    height, width = (max(sizes) for sizes in zip(*(target.shape for target in targets)))
+    height, width = (
+        max(sizes) for sizes in zip(*(target.shape for target in targets), strict=True)
+    )
     canvas = np.full((len(targets), height, width), IGNORE, np.uint8)
-    for row, target in zip(canvas, targets):
+    for row, target in zip(canvas, targets, strict=True):
         row[: target.shape[0], : target.shape[1]] = target
     return canvas

@@ -75,9 +75,7 @@ def _decode(picture: Image.Image, path: str | Path, palette_indices: bool) -> De
         if turned and picture.format == "TIFF":
             raise UserError(f"{path}: 16-bit colour TIFF with an orientation tag; save it upright")
         array = _to_rgb_order(cv2.imdecode(_bytes(path), cv2.IMREAD_UNCHANGED))
-    elif palette_indices and picture.mode in ("P", "PA"):
-        array = np.asarray(picture)
-    elif picture.mode in _KEPT_MODES:
+    elif picture.mode in (_KEPT_MODES | {"P", "PA"} if palette_indices else _KEPT_MODES):
         array = np.asarray(picture)
     else:  # palette, CMYK, YCbCr, ...
         transparent = picture.mode == "PA" or "transparency" in picture.info

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import string
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,9 +15,9 @@ from samtune.config import ReadOptions
 from samtune.errors import UserError
 
 # What may hold a picture. The name only selects files; the content says how one is decoded.
-EXTENSIONS = frozenset(
-    ".png .jpg .jpeg .jpe .tif .tiff .bmp .webp .gif .jp2 .pgm .ppm .pnm".split()
-)
+_IMAGE_FORMATS = "png jpg jpeg jpe tif tiff bmp webp gif jp2 pgm ppm pnm"
+EXTENSIONS = frozenset(f".{name}" for name in _IMAGE_FORMATS.split())
+_SEPARATORS = "_-. "
 
 _log = logging.getLogger("samtune")
 
@@ -134,24 +135,29 @@ def _discover(images: set[str], masks: set[str]) -> tuple[_Affixes, _Affixes] | 
     """Affixes under which the stems of both sides pair off exactly, or None.
 
     What all names of a folder begin (end) with is its prefix (suffix); digits at the seam belong to
-    the key, and so does what both folders' affixes have in common there.
+    the key, and so does what both folders' affixes have in common there, but for separators.
     """
-    prefixes = [os.path.commonprefix(list(stems)).rstrip("0123456789") for stems in (images, masks)]
-    suffixes = [
-        os.path.commonprefix([stem[len(prefix) :][::-1] for stem in stems])[::-1].lstrip(
-            "0123456789"
-        )
-        for stems, prefix in zip((images, masks), prefixes)
-    ]
-    shared_tail = len(os.path.commonprefix([prefix[::-1] for prefix in prefixes]))
-    shared_head = len(os.path.commonprefix(suffixes))
+    of_image, of_mask = _common_affixes(images), _common_affixes(masks)
+    tail = _shared_start([of_image.prefix[::-1], of_mask.prefix[::-1]]).rstrip(_SEPARATORS)
+    head = _shared_start([of_image.suffix, of_mask.suffix]).rstrip(_SEPARATORS)
     of_image, of_mask = (
-        _Affixes(prefix[: len(prefix) - shared_tail], suffix[shared_head:])
-        for prefix, suffix in zip(prefixes, suffixes)
+        _Affixes(prefix[: len(prefix) - len(tail)], suffix[len(head) :])
+        for prefix, suffix in (of_image, of_mask)
     )
     image_keys = {of_image.key(stem) for stem in images}
     mask_keys = {of_mask.key(stem) for stem in masks}
     return (of_image, of_mask) if image_keys == mask_keys and None not in image_keys else None
+
+
+def _common_affixes(stems: set[str]) -> _Affixes:
+    prefix = _shared_start(stems).rstrip(string.digits)
+    suffix = _shared_start([stem[len(prefix) :][::-1] for stem in stems])[::-1]
+    return _Affixes(prefix, suffix.lstrip(string.digits))
+
+
+def _shared_start(texts: Iterable[str]) -> str:
+    first, last = min(texts), max(texts)  # what these two share, all in between share
+    return first[: next((i for i, c in enumerate(first) if last[i : i + 1] != c), len(first))]
 
 
 def _by_key(files: list[Path], affixes: _Affixes, flag: str) -> dict[str, Path]:

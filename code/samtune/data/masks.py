@@ -32,7 +32,7 @@ def read_mask(path: str | Path, read: ReadOptions) -> np.ndarray:
 def mask_from(
     decoded: Decoded, read: ReadOptions, path: str | Path
 ) -> tuple[np.ndarray, str | None]:
-    """What was decoded, as (H, W) uint8 of 0 and 1, and what to remark about it: "lossy" or None."""
+    """What was decoded, as (H, W) uint8 of 0 and 1, and the remark "lossy" or None."""
     values = _one_channel(decoded.array, decoded.lossy, path)
     if values.dtype == bool:  # one bit per pixel: there is nothing to decide
         above, remark = values, None
@@ -64,8 +64,8 @@ def _one_channel(array: np.ndarray, lossy: bool, path: str | Path) -> np.ndarray
         colours = np.unique(array.reshape(-1, array.shape[2]), axis=0)
         raise UserError(
             f"{path}: the mask is coloured ({len(colours)} colours: "
-            f"{_listing(tuple(colour.tolist()) for colour in colours[:4])}); save it as grey, 0 for "
-            "background and 255 for the object"
+            f"{_listing(tuple(colour.tolist()) for colour in colours[:4])}); save it as grey, 0 "
+            "for background and 255 for the object"
         )
     return array[..., 0]
 
@@ -100,7 +100,7 @@ def _undecidable(found: list, what: str, path: str | Path) -> UserError:
 
 
 def _distinct(values: np.ndarray) -> list:
-    if values.dtype.kind in "ui" and 0 <= values.min() and values.max() < 2**16:
+    if values.dtype.kind in "ui" and values.min() >= 0 and values.max() < 2**16:
         return np.flatnonzero(np.bincount(values.ravel())).tolist()  # far faster than sorting
     return np.unique(values).astype(float if values.dtype.kind == "f" else int).tolist()
 

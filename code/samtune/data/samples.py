@@ -51,8 +51,8 @@ def _to_size_of_image(mask: np.ndarray, size: tuple[int, int], pair: Pair) -> np
     sizes = f"{mask_width} x {mask_height} pixels, its image {pair.image_path} {width} x {height}"
     if mask.shape == (width, height):
         raise UserError(
-            f"{pair.mask_path}: {sizes}: one of them lies on its side, probably by an EXIF tag that "
-            "a tool obeyed or lost; save both upright"
+            f"{pair.mask_path}: {sizes}: one of them lies on its side, probably by an EXIF tag "
+            "that a tool obeyed or lost; save both upright"
         )
     # Compared at the smaller of the two sizes, where rounding to whole pixels is at most one off.
     scale = min(1.0, mask_width / width), min(1.0, width / mask_width)

@@ -133,5 +133,5 @@ def _scan(pair: Pair, read: ReadOptions, image_size: int) -> ScanReport:
         sizes=Counter([size]),
         foreground_sum=fraction,
         foreground=read.foreground,
-        notes={line: (1, pair.id) for line in lines},
+        notes=dict.fromkeys(lines, (1, pair.id)),
     )
