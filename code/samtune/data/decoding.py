@@ -1,0 +1,106 @@
+"""One door from a picture's file to numbers: what a library would change silently is caught here.
+
+Pillow decodes, because it refuses a truncated file where OpenCV returns a grey-filled one. Two
+kinds are beyond it: it cuts 16-bit colour down to 8 bits and does not know float colour; OpenCV
+reads those.
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from samtune.errors import UserError
+
+_ORIENTATION = 0x0112  # the EXIF and TIFF tag that says how a picture is to be turned
+_KEPT_MODES = {"1", "L", "LA", "RGB", "RGBA", "I", "F", "I;16", "I;16B", "I;16L", "I;16N"}
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, KeyError, IndexError)
+
+
+class Decoded(NamedTuple):
+    """A decoded file.
+
+    array: (H, W) or (H, W, 2 grey + alpha, 3 RGB or 4 RGBA), of the file's own number type.
+    lossy: JPEG, so values are not exact. turned: an orientation tag was followed.
+    """
+
+    array: np.ndarray
+    lossy: bool
+    turned: bool
+
+
+def decode(path: str | Path, palette_indices: bool = False) -> Decoded:
+    """Decode a file as it is, turned upright if it carries an orientation tag.
+
+    palette_indices: a palette file gives its indices instead of its colours. Raises UserError for a
+    file that is missing, no picture, truncated, a stack of pages, or too large.
+    """
+    try:
+        with Image.open(path) as picture:
+            return _decode(picture, path, palette_indices)
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except Image.UnidentifiedImageError:
+        array = cv2.imdecode(_bytes(path), cv2.IMREAD_UNCHANGED)  # float colour TIFF
+        if array is None or array.dtype == np.uint8:
+            raise UserError(f"{path}: not a readable image; replace or remove it") from None
+        return Decoded(_to_rgb_order(array), lossy=False, turned=False)
+    except Image.DecompressionBombError:
+        raise UserError(f"{path}: too many pixels to read at once; cut it into tiles") from None
+    except MemoryError:
+        raise
+    except _DECODE_ERRORS as error:
+        if getattr(error, "errno", None):  # a folder, no permission, a dead disk
+            raise UserError(f"{path}: {error.strerror}") from None
+        raise UserError(f"{path}: truncated or damaged ({error}); replace or remove it") from None
+
+
+def _decode(picture: Image.Image, path: str | Path, palette_indices: bool) -> Decoded:
+    lossy = picture.format in ("JPEG", "MPO")
+    # A phone's JPEG (MPO) has its preview as a second picture: only the first is meant.
+    if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":
+        raise UserError(f"{path}: holds {picture.n_frames} pages; save each as a file of its own")
+    deep_colour = picture.mode in ("RGB", "RGBA", "LA") and any(
+        ";16" in str(tile[3]) for tile in picture.tile
+    )
+    turned = picture.getexif().get(_ORIENTATION, 1) not in (0, 1)
+    picture.load()  # also before OpenCV reads the file: OpenCV does not say that it is truncated
+    orientation = picture.getexif().get(_ORIENTATION, 1)  # Pillow has turned a TIFF already
+    if deep_colour:
+        if turned and picture.format == "TIFF":
+            raise UserError(f"{path}: 16-bit colour TIFF with an orientation tag; save it upright")
+        array = _to_rgb_order(cv2.imdecode(_bytes(path), cv2.IMREAD_UNCHANGED))
+    elif picture.mode in (_KEPT_MODES | {"P", "PA"} if palette_indices else _KEPT_MODES):
+        array = np.asarray(picture)
+    else:  # palette, CMYK, YCbCr, ...
+        transparent = picture.mode == "PA" or "transparency" in picture.info
+        array = np.asarray(picture.convert("RGBA" if transparent else "RGB"))
+    return Decoded(_turn(array.astype(array.dtype.newbyteorder("=")), orientation), lossy, turned)
+
+
+def _bytes(path: str | Path) -> np.ndarray:
+    # imdecode instead of imread: it ignores no orientation tag on its own, and any path works
+    return np.frombuffer(Path(path).read_bytes() or b"\0", np.uint8)
+
+
+def _to_rgb_order(array: np.ndarray) -> np.ndarray:
+    """OpenCV's BGR or BGRA to RGB or RGBA."""
+    if array.ndim == 3 and array.shape[2] in (3, 4):
+        return array[..., [2, 1, 0, 3][: array.shape[2]]]
+    return array
+
+
+def _turn(array: np.ndarray, orientation: int) -> np.ndarray:
+    """Undo an EXIF orientation: 2 to 4 mirror or half-turn, 5 to 8 also swap rows and columns."""
+    if orientation in (5, 6, 7, 8):
+        array = array.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        array = array[::-1]
+    if orientation in (2, 3, 6, 7):
+        array = array[:, ::-1]
+    return np.ascontiguousarray(array)

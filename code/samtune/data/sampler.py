@@ -1,0 +1,89 @@
+"""Which samples each process sees in each step: a plan that any number of processes can follow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from samtune.data.datasets import SampleKey
+from samtune.data.randomness import stream
+from samtune.errors import UserError
+
+MicroBatch = list[SampleKey]
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """The samples of every optimizer step of every epoch, for one of `world` processes.
+
+    A step takes the next G = world * batch_size * accumulate samples of the epoch's random order;
+    the processes take turns. So the samples of step s depend on G, not on how it is divided, every
+    sample comes once per epoch, and any step can be computed without those before it. The last step
+    of an epoch takes what is left. All processes have equally many samples in a step: the ones that
+    are one short get another sample of the step again, with weight 0.
+    Raises UserError if a number is below 1 or there are fewer samples than processes.
+    """
+
+    samples: int
+    batch_size: int
+    accumulate: int
+    rank: int
+    world: int
+    seed: int
+
+    def __post_init__(self):
+        for flag in ("batch_size", "accumulate"):
+            if getattr(self, flag) < 1:
+                raise UserError(f"--{flag} {getattr(self, flag)}: must be at least 1")
+        if self.samples < 1:
+            raise UserError("no training image is left: none of them shows an object")
+        if self.samples < self.world:
+            raise UserError(
+                f"{self.samples} training images are too few for {self.world} processes; start at "
+                f"most {self.samples}"
+            )
+
+    @property
+    def samples_per_step(self) -> int:
+        """G, over all processes."""
+        return self.world * self.batch_size * self.accumulate
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.samples // self.samples_per_step)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """(samples,) indices in the order of this epoch, the same in every process."""
+        return _order(self.samples, self.seed, epoch)
+
+    def step(self, epoch: int, step: int) -> tuple[list[MicroBatch], int]:
+        """This process's micro-batches of a step, and how many samples all processes have in it."""
+        taken = self.order(epoch)[step * self.samples_per_step :][: self.samples_per_step]
+        mine = [SampleKey(epoch, int(index)) for index in taken[self.rank :: self.world]]
+        if len(mine) < -(-len(taken) // self.world):
+            mine.append(SampleKey(epoch, int(taken[0]), weight=0.0))
+        size = self.batch_size
+        return [mine[i : i + size] for i in range(0, len(mine), size)], len(taken)
+
+    def batches(self, epoch: int, start_step: int = 0) -> list[MicroBatch]:
+        """All micro-batches of an epoch from a step on, one after the other."""
+        steps = range(start_step, self.steps_per_epoch)
+        return [batch for step in steps for batch in self.step(epoch, step)[0]]
+
+
+def eval_batches(samples: int, batch_size: int, rank: int, world: int) -> list[MicroBatch]:
+    """Every sample once over all processes, none added: a process may have fewer, or none."""
+    if batch_size < 1:
+        raise UserError(f"--batch_size {batch_size}: must be at least 1")
+    mine = [SampleKey(0, index) for index in range(rank, samples, world)]
+    return [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+
+
+@lru_cache(maxsize=2)
+def _order(samples: int, seed: int, epoch: int) -> np.ndarray:
+    rng = np.random.default_rng(stream("order", (seed, epoch)))
+    order = rng.permutation(samples)
+    order.flags.writeable = False  # it is shared by all callers
+    return order

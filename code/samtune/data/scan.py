@@ -1,0 +1,137 @@
+"""A look at every file before training starts, through the very reader that training uses."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from samtune.config import ReadOptions
+from samtune.data.files import Pair
+from samtune.data.images import parse_range
+from samtune.data.loading import cores_per_process
+from samtune.data.samples import NOTES, read_sample
+from samtune.errors import UserError
+
+_MOSTLY_FOREGROUND = 0.6
+_SLIVER = "images are so narrow that they become one pixel wide in the model's frame"
+_LISTED_PROBLEMS = 20
+
+
+@dataclass
+class ScanReport:
+    """What a scan found; reports of parts of the data add up.
+
+    images: how many pairs were read. problems: a line for each that could not be, naming file and
+    flag. empty: ids of pictures without object. sizes: how many pictures there are of each (H, W).
+    notes: per kind of remark how many pictures it is about, and the id of the first.
+    """
+
+    images: int = 0
+    problems: list[str] = field(default_factory=list)
+    empty: list[str] = field(default_factory=list)
+    sizes: Counter = field(default_factory=Counter)
+    foreground_sum: float = 0.0
+    foreground: str = "above"
+    notes: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    @classmethod
+    def merge(cls, reports: Iterable[ScanReport]) -> ScanReport:
+        """One report of many, in their order."""
+        total = cls()
+        for report in reports:
+            total.images += report.images
+            total.problems += report.problems
+            total.empty += report.empty
+            total.sizes += report.sizes
+            total.foreground_sum += report.foreground_sum
+            total.foreground = report.foreground
+            for kind, (count, first) in report.notes.items():
+                seen, known = total.notes.get(kind, (0, first))
+                total.notes[kind] = (seen + count, known)
+        return total
+
+    def __add__(self, other: ScanReport) -> ScanReport:
+        return ScanReport.merge((self, other))
+
+    @property
+    def foreground_fraction(self) -> float:
+        """The object's share of a picture, averaged over the pictures; 0 without any."""
+        return self.foreground_sum / self.images if self.images else 0.0
+
+    @property
+    def remarks(self) -> list[str]:
+        """What a person should know that is no error, a line each."""
+        lines = [
+            f"{count} of {self.images} {kind} (for example {first})"
+            for kind, (count, first) in self.notes.items()
+        ]
+        if self.empty:
+            lines.append(
+                f"{len(self.empty)} of {self.images} images show no object (for example "
+                f"{self.empty[0]})"
+            )
+        if self.foreground_fraction > _MOSTLY_FOREGROUND:
+            other = "below" if self.foreground == "above" else "above"
+            lines.append(
+                f"the object covers {self.foreground_fraction:.0%} of the images on average: did "
+                f"you mean --foreground {other}?"
+            )
+        return lines
+
+    def raise_problems(self) -> None:
+        """Raise one UserError with all problems, if there are any."""
+        if not self.problems:
+            return
+        lines = self.problems[:_LISTED_PROBLEMS]
+        if more := len(self.problems) - len(lines):
+            lines.append(f"and {more} more like these")
+        raise UserError("\n".join(lines))
+
+    def without_empty(self, pairs: list[Pair]) -> list[Pair]:
+        """The pairs that show an object."""
+        empty = set(self.empty)
+        return [pair for pair in pairs if pair.id not in empty]
+
+
+def scan_pairs(
+    pairs: list[Pair],
+    read: ReadOptions,
+    progress: Callable[[int], None] | None = None,
+    image_size: int = 0,
+) -> ScanReport:
+    """Read every pair, in threads, and report. progress: called with 1 after each pair.
+
+    image_size: side of the model's frame, to tell pictures that all but vanish in it; 0: not asked.
+    """
+    if read.intensity_range != "auto":
+        parse_range(read.intensity_range)
+    reports = []
+    # Decoding leaves the interpreter lock, so threads are enough, and nothing has to be copied.
+    with ThreadPoolExecutor(max_workers=min(8, cores_per_process())) as pool:
+        for report in pool.map(lambda pair: _scan(pair, read, image_size), pairs):
+            reports.append(report)
+            if progress:
+                progress(1)
+    return ScanReport.merge(reports)
+
+
+def _scan(pair: Pair, read: ReadOptions, image_size: int) -> ScanReport:
+    try:
+        sample, notes = read_sample(pair, read)
+    except UserError as error:
+        return ScanReport(problems=[str(error)], foreground=read.foreground)
+    fraction = float((sample.mask == 1).mean())
+    lines = [NOTES[note] for note in notes]
+    size = sample.mask.shape
+    if image_size and max(size) > 2 * image_size * min(size):
+        lines.append(_SLIVER)
+    return ScanReport(
+        images=1,
+        empty=[] if fraction else [pair.id],
+        sizes=Counter([size]),
+        foreground_sum=fraction,
+        foreground=read.foreground,
+        notes=dict.fromkeys(lines, (1, pair.id)),
+    )
