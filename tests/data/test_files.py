@@ -4,6 +4,7 @@ import logging
 import os
 
 import pytest
+
 from samtune.config import ReadOptions
 from samtune.data.files import find_pairs, select
 from samtune.errors import UserError

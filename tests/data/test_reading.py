@@ -4,6 +4,7 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
+
 from samtune.config import ReadOptions
 from samtune.data.files import Pair
 from samtune.data.images import read_image

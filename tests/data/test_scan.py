@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pytest
 from PIL import Image
+
 from samtune.config import ReadOptions
 from samtune.data import scan
 from samtune.data.files import Pair

@@ -29,14 +29,15 @@ class SampleKey(NamedTuple):
 class Item(NamedTuple):
     """One sample in the model's frame.
 
-    image: (S, S, 3) uint8, zero where padded. target: (H, W) at the original size, or (S, S). box:
-    (4,) float32 in the frame's pixels, or None. image_size: S.
+    image: (S, S, 3) uint8, zero where padded. target: (H, W) at the original size, or (S, S) where
+    `in_frame`. box: (4,) float32 in the frame's pixels, or None. image_size: S.
     """
 
     image: np.ndarray
     target: np.ndarray
     box: np.ndarray | None
     frame: Frame
+    in_frame: bool
     weight: float
     id: str
     path: str
@@ -82,14 +83,13 @@ class SegmentationDataset(torch.utils.data.Dataset):
         sample = read_sample(self.pairs[key.index], self.read).sample
         sample = augment(sample, self.augment, place)
         image, frame = fit_image(sample.image, self.image_size, self.read.resize)
-        target = sample.mask
-        if self.loss_resolution == "frame":
-            target = fit_mask(target, frame, self.image_size)
+        in_frame = self.loss_resolution == "frame"
+        target = fit_mask(sample.mask, frame, self.image_size) if in_frame else sample.mask
         box = None
         if self.prompt.prompt == "box":
             corners = np.reshape(self._box(sample, place), (2, 2))
             box = frame.scale_xy(corners).reshape(4).astype(np.float32)
-        return Item(image, target, box, frame, key.weight, sample.id, sample.image_path)
+        return Item(image, target, box, frame, in_frame, key.weight, sample.id, sample.image_path)
 
     def _box(self, sample: Sample, place: tuple[int, int, int]) -> tuple[float, ...]:
         box = box_from_mask(sample.mask, self.prompt.box_scale)
@@ -121,6 +121,7 @@ def collate(items: Sequence[Item]) -> Batch:
         weight=torch.tensor([item.weight for item in items], dtype=torch.float32),
         ids=[item.id for item in items],
         paths=[item.path for item in items],
+        in_frame=items[0].in_frame,
     )
 
 
