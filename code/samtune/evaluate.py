@@ -61,7 +61,7 @@ def run(config: EvaluateConfig, process: Process) -> dict:
         if process.is_main:
             folder.path.mkdir(parents=True, exist_ok=True)
     logbook = Logbook.console(process)
-    report = check_pairs("test", pairs, read, process, logbook)
+    report = check_pairs("test", pairs, read, models["tuned"].image_size, process, logbook)
     with distributed.together():
         asked = usable("test", pairs, report, prompts, logbook)
 

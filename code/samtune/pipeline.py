@@ -31,7 +31,12 @@ def load_pairs(
 
 
 def check_pairs(
-    name: str, pairs: list[Pair], read: ReadOptions, process: Process, logbook: Logbook
+    name: str,
+    pairs: list[Pair],
+    read: ReadOptions,
+    image_size: int,
+    process: Process,
+    logbook: Logbook,
 ) -> ScanReport:
     """Read every file once, each rank its share, before anything is trained on them.
 
@@ -39,9 +44,9 @@ def check_pairs(
     """
     mine = pairs[process.rank :: process.world]
     with logbook.progress(len(mine), f"checking {name} files") as bar:
-        report = scan_pairs(mine, read, bar.update)
+        report = scan_pairs(mine, read, bar.update, image_size)
     reports = distributed.gather_objects(report)
-    report = distributed.broadcast_object(sum(reports[1:], reports[0]) if reports else None)
+    report = distributed.broadcast_object(ScanReport.merge(reports) if reports else None)
     report.raise_problems()
     for remark in report.remarks:
         logbook.say(f"{name}: {remark}")
@@ -54,9 +59,8 @@ def usable(
     """The pairs that can be asked about: without object there is no box (`--empty_masks`)."""
     if prompts.prompt != "box" or prompts.empty_masks != "skip" or not report.empty:
         return pairs
-    empty = set(report.empty)
-    kept = [pair for pair in pairs if pair.id not in empty]
-    logbook.say(f"{name}: {len(empty)} of {len(pairs)} images hold no object and are skipped")
+    kept = report.without_empty(pairs)
+    logbook.say(f"{name}: the {len(pairs) - len(kept)} images without object are skipped")
     if not kept:
         raise UserError(f"no {name} image holds an object, so --prompt box has nothing to ask")
     return kept

@@ -13,7 +13,7 @@ from samtune.config import TrainConfig
 from samtune.data.datasets import SegmentationDataset
 from samtune.data.files import Pair
 from samtune.data.loading import make_loader
-from samtune.data.sample_data import make_sample_set
+from samtune.data.sample_data import SampleSet, make_sample_set
 from samtune.data.sampler import TrainPlan
 from samtune.engine import distributed
 from samtune.engine.checkpoint import Checkpoints
@@ -26,9 +26,10 @@ from samtune.errors import UserError
 from samtune.losses import MaskLoss
 from samtune.metrics.region import region_scores
 from samtune.models.segmenter import PromptedSam
-from samtune.models.weights import file_sha256, find_checkpoint
+from samtune.models.weights import find_checkpoint
 from samtune.pipeline import check_pairs, evaluation_loader, load_pairs, usable
 from samtune.run_folder import RunFolder, new_name
+from samtune.tensor_files import file_sha256
 
 SAMPLE_SET = Path("dataset/sample")
 
@@ -40,9 +41,12 @@ def run(config: TrainConfig, resumed: RunFolder | None, process: Process) -> Tra
     on all ranks alike and before the first step; Interrupted after a signal, once `last.pt` is
     written.
     """
+    config = _complete(config, resumed, process)
     with distributed.together():
-        config = _complete(config, resumed, process)
-        model, metadata = _build(config, process)
+        if process.local_rank == 0:  # it may download; the others find the file
+            find_checkpoint(config.model)
+    with distributed.together():
+        model, metadata = _build(config)
         train_pairs, val_pairs = _find(config)
     folder = RunFolder(config.run.output_dir)
     with distributed.together():
@@ -56,7 +60,10 @@ def run(config: TrainConfig, resumed: RunFolder | None, process: Process) -> Tra
         keep_before_epoch=state["progress"]["epoch"] + 1 if state else 1,
     )  # fmt: skip
     try:
-        train_pairs, val_pairs = _check(config, train_pairs, val_pairs, process, logbook)
+        train_pairs, val_pairs = (
+            _check(name, pairs, config, model.image_size, process, logbook)
+            for name, pairs in (("training", train_pairs), ("validation", val_pairs))
+        )
         _introduce(config, model, len(train_pairs), len(val_pairs), process, logbook)
         result = _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state)
         logbook.curves()
@@ -77,38 +84,43 @@ def _groups(config: TrainConfig) -> list:
 
 
 def _complete(config: TrainConfig, resumed: RunFolder | None, process: Process) -> TrainConfig:
-    """Fill in what was left open: the sample set, the folders of validation, the run's folder."""
-    data, test, run = config.data, config.test, config.run
-    if resumed:
-        run = replace(run, output_dir=str(resumed.path))
-    elif not run.output_dir:
-        run = replace(run, output_dir=str(new_name(config.model.adapter, config.model.model_type)))
-    run = replace(run, output_dir=distributed.broadcast_object(run.output_dir))
-    if not data.train_image_dir:
-        if process.local_rank == 0:
-            make_sample_set(SAMPLE_SET)
-        distributed.barrier()
-        where = {
-            f"{split}_{kind}_dir": str(SAMPLE_SET / split / kind)
-            for split in ("train", "val", "test")
-            for kind in ("image", "mask")
-        }
-        data = replace(data, **{k: v for k, v in where.items() if not k.startswith("test")})
-        if not test.test_image_dir:
-            test = replace(test, **{k: v for k, v in where.items() if k.startswith("test")})
-    if not data.val_image_dir:
-        if not data.val_slice:
-            raise UserError(
-                "there is nothing to validate on: set --val_image_dir and --val_mask_dir, or take "
-                "a part of the training folders by --train_slice :80 --val_slice 80:"
+    """Collective. Fill in what was left open: the run's folder, the folders of the data."""
+    output_dir = str(resumed.path) if resumed else config.run.output_dir
+    output_dir = output_dir or str(new_name(config.model.adapter, config.model.model_type))
+    run = replace(config.run, output_dir=distributed.broadcast_object(output_dir))
+    with distributed.together():
+        data, test = config.data, config.test
+        if not data.train_image_dir:
+            if process.local_rank == 0:
+                make_sample_set(SAMPLE_SET)
+            data = replace(data, **_sample_folders("train"), **_sample_folders("val"))
+            test = test if test.test_image_dir else replace(test, **_sample_folders("test"))
+        if not data.val_image_dir:
+            if not data.val_slice:
+                raise UserError(
+                    "there is nothing to validate on: set --val_image_dir and --val_mask_dir, or "
+                    "take a part of the training folders by --train_slice :80 --val_slice 80:"
+                )
+            data = replace(
+                data, val_image_dir=data.train_image_dir, val_mask_dir=data.train_mask_dir
             )
-        data = replace(data, val_image_dir=data.train_image_dir, val_mask_dir=data.train_mask_dir)
-    if test.test_slice and not test.test_image_dir:
-        test = replace(test, test_image_dir=data.train_image_dir, test_mask_dir=data.train_mask_dir)
+        if test.test_slice and not test.test_image_dir:
+            test = replace(
+                test, test_image_dir=data.train_image_dir, test_mask_dir=data.train_mask_dir
+            )
     return replace(config, data=data, test=test, run=run)
 
 
-def _build(config: TrainConfig, process: Process) -> tuple[PromptedSam, dict]:
+def _sample_folders(split: str) -> dict[str, str]:
+    """The sample set's folders of one split, as options."""
+    files = SampleSet(SAMPLE_SET)
+    return {
+        f"{split}_image_dir": str(files.image_dir(split)),
+        f"{split}_mask_dir": str(files.mask_dir(split)),
+    }
+
+
+def _build(config: TrainConfig) -> tuple[PromptedSam, dict]:
     """The model with its base weights, and what its checkpoint files say about it."""
     adapter = ADAPTERS[config.model.adapter]
     adapter.check(config.model, config.prompts.prompt)
@@ -148,13 +160,10 @@ def _open(folder: RunFolder, config: TrainConfig, resumed: RunFolder | None) -> 
     folder.config.write_text(yaml.safe_dump(flags.dump(_groups(config)), sort_keys=False))
 
 
-def _check(config, train_pairs, val_pairs, process, logbook) -> tuple[list[Pair], list[Pair]]:
-    """Read every file once; drop what cannot be asked about."""
-    kept = []
-    for name, pairs in (("training", train_pairs), ("validation", val_pairs)):
-        report = check_pairs(name, pairs, config.read, process, logbook)
-        kept.append(usable(name, pairs, report, config.prompts, logbook))
-    return kept[0], kept[1]
+def _check(name, pairs, config, image_size, process, logbook) -> list[Pair]:
+    """Read every file of a split once; drop what cannot be asked about."""
+    report = check_pairs(name, pairs, config.read, image_size, process, logbook)
+    return usable(name, pairs, report, config.prompts, logbook)
 
 
 def _introduce(config, model, training: int, validation: int, process, logbook) -> None:

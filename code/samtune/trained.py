@@ -10,7 +10,8 @@ from samtune.config import ModelOptions
 from samtune.engine.checkpoint import load_adapted, read_metadata
 from samtune.errors import UserError
 from samtune.models.segmenter import PromptedSam
-from samtune.models.weights import file_sha256, find_checkpoint
+from samtune.models.weights import find_checkpoint
+from samtune.tensor_files import file_sha256
 
 
 def load_trained(path: str | Path, checkpoint: str = "") -> PromptedSam:

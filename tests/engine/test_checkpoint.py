@@ -250,17 +250,17 @@ def test_files_that_cannot_be_read_are_a_users_mistake(tmp_path, reader):
     with pytest.raises(UserError, match="no such file"):
         reader(path)
     path.write_text("<!DOCTYPE html><html>")
-    with pytest.raises(UserError, match="damaged or no checkpoint"):
+    with pytest.raises(UserError, match="a web page, not a checkpoint"):
         reader(path)
     torch.save({"model": {"a": torch.rand(100, 100)}}, path)
     path.write_bytes(path.read_bytes()[:20_000])
-    with pytest.raises(UserError, match="damaged or no checkpoint"):
+    with pytest.raises(UserError, match="damaged or not whole"):
         reader(path)
     torch.save([1, 2], path)
-    with pytest.raises(UserError, match=r"last\.pth is not"):
+    with pytest.raises(UserError, match=r"last\.pth (is not|does not hold tensors)"):
         reader(path)
     torch.save({"model": Harmful()}, path)
-    with pytest.raises(UserError, match="damaged or no checkpoint"):
+    with pytest.raises(UserError, match="could run code when read"):
         reader(path)
 
 
@@ -269,9 +269,9 @@ def test_unreadable_safetensors_are_a_users_mistake(tmp_path):
     for reader in (read_metadata, lambda p: load_adapted(new_model(), p)):
         with pytest.raises(UserError, match="no such file"):
             reader(path)
-    path.write_text("<!DOCTYPE html><html>")
+    path.write_bytes(b"\x10" * 100)
     for reader in (read_metadata, lambda p: load_adapted(new_model(), p)):
-        with pytest.raises(UserError, match="not a readable safetensors file"):
+        with pytest.raises(UserError, match="not a readable safetensors file|damaged"):
             reader(path)
     path.write_bytes(checkpoint.save({"a": torch.ones(1)}, {"format": "pt"}))
     with pytest.raises(UserError, match="not samtune's"):

@@ -17,11 +17,10 @@ from samtune.models import MODEL_TYPES
 from samtune.models.positions import resize_pos_embed, resize_rel_pos
 from samtune.models.sam import build_sam
 from samtune.models.weights import (
-    file_sha256,
     find_checkpoint,
     load_base,
-    read_state_dict,
 )
+from samtune.tensor_files import file_sha256, read_state_dict
 
 
 @pytest.fixture

@@ -13,20 +13,20 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from samtune.engine.distributed import unwrap
 from samtune.errors import UserError
 from samtune.run_folder import RunFolder
+from samtune.tensor_files import existing_file, read_state_dict, read_tensors
 
 IDENTITY = ("adapter", "model_type", "image_size", "base_sha256")  # what a file cannot change
 _METADATA_KEY = "samtune"
@@ -98,7 +98,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     Raises UserError if the file is missing, damaged, or was not written by samtune.
     """
     try:
-        with safe_open(_existing(path), "pt") as file:
+        with safe_open(existing_file(path), "pt") as file:
             return json.loads(file.metadata()[_METADATA_KEY])
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a readable safetensors file: {error}") from None
@@ -127,8 +127,8 @@ def load_adapted(model: nn.Module, path: str | Path, renames: Renames = ()) -> l
     Raises UserError with the names that are missing, unknown or of another shape.
     """
     if Path(path).suffix == ".safetensors":
-        return _load(model, path, _read_safetensors(path), exact=True)
-    return _load(model, path, _rename(_read_pickle(path), renames), exact=False)
+        return _load(model, path, read_state_dict(path), exact=True)
+    return _load(model, path, _rename(read_state_dict(path), renames), exact=False)
 
 
 def load_adapted_state(model: nn.Module, path: str | Path, state: Mapping[str, Tensor]) -> None:
@@ -166,8 +166,6 @@ def _shorten(names: list[str]) -> str:
 
 
 def _rename(state: Mapping[str, Tensor], renames: Renames) -> dict[str, Tensor]:
-    if state and all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
     result = {}
     for key, value in state.items():
         for pattern, replacement in renames:
@@ -200,7 +198,7 @@ def save_run_state(path: str | Path, state: Mapping[str, Any]) -> None:
 
 def load_run_state(path: str | Path) -> dict[str, Any]:
     """Read what `save_run_state` wrote, on the CPU. Raises UserError if missing or damaged."""
-    state = _torch_load(path)
+    state = read_tensors(path)
     if not isinstance(state, dict) or "model" not in state:
         raise UserError(f"{path} is not the state of a run")
     return state
@@ -227,38 +225,3 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None
         raise UserError(
             f"{path} could not be written: {reason}; the previous file is unchanged"
         ) from error
-
-
-def _existing(path: str | Path) -> Path:
-    if not Path(path).is_file():
-        raise UserError(f"{path}: there is no such file")
-    return Path(path)
-
-
-def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    try:
-        return load_file(_existing(path))
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a readable safetensors file: {error}") from None
-
-
-def _read_pickle(path: str | Path) -> dict[str, Tensor]:
-    state = _torch_load(path)
-    for wrapper in ("model", "state_dict", "model_state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not _all_tensors(state.values()):
-        raise UserError(f"{path} is not a dict of tensors by name")
-    return state
-
-
-def _all_tensors(values: Iterable) -> bool:
-    return all(isinstance(value, Tensor) for value in values)
-
-
-def _torch_load(path: str | Path) -> Any:
-    try:
-        return torch.load(_existing(path), map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
-        first_line = str(error).split("\n")[0]
-        raise UserError(f"{path} is damaged or no checkpoint: {first_line}") from None

@@ -5,18 +5,13 @@ from __future__ import annotations
 import hashlib
 import http.client
 import os
-import pickle
 import tempfile
 import urllib.request
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from segment_anything.modeling import Sam
-from torch import Tensor
 from tqdm import tqdm
 
 from samtune.config import ModelOptions
@@ -24,9 +19,7 @@ from samtune.errors import UserError
 from samtune.models import MODEL_TYPES, ModelType
 from samtune.models.positions import resize_pos_embed, resize_rel_pos
 from samtune.models.sam import resolve_model_type
-
-_WRAPPERS = ("model", "state_dict", "model_state_dict")  # common keys around a state dict
-_CHUNK = 1 << 20
+from samtune.tensor_files import CHUNK, read_state_dict
 
 
 @dataclass(frozen=True)
@@ -77,27 +70,6 @@ def find_checkpoint(options: ModelOptions, folder: Path = Path("checkpoints")) -
     return path
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The tensors in a .pth, .pt or .safetensors file, by name, on the CPU.
-
-    A surrounding {"model": ...} (or "state_dict", "model_state_dict") and the prefix `module.` are
-    taken off. Nothing in the file is executed. Raises UserError when it is no such file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such file")
-    state = _read(path)
-    while isinstance(state, dict) and (inner := [k for k in _WRAPPERS if k in state]):
-        state = state[inner[0]]
-    if not isinstance(state, dict) or not state:
-        raise UserError(f"{path} does not hold tensors by name, so it is no checkpoint")
-    if strange := [name for name, value in state.items() if not isinstance(value, Tensor)]:
-        raise UserError(f"{path} is no checkpoint: its entry {strange[0]!r} is not a tensor")
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    return dict(state)
-
-
 def load_base(sam: Sam, path: str | Path) -> LoadReport:
     """Load a SAM checkpoint into a stock Sam of any image size, accounting for every tensor.
 
@@ -115,15 +87,6 @@ def load_base(sam: Sam, path: str | Path) -> LoadReport:
     sam.load_state_dict({name: given[name] for name in wanted})
     loaded = tuple(name for name in wanted if name not in resized)
     return LoadReport(loaded, tuple(resized), unused=unused)
-
-
-def file_sha256(path: str | Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _resize_positions(sam: Sam, given: dict, wanted: dict) -> list[str]:
@@ -185,34 +148,6 @@ def _type_anatomy(model_type: ModelType) -> tuple[int, int, int]:
     return model_type.embed_dim, model_type.depth, model_type.prompt_embed_dim
 
 
-def _read(path: Path):
-    """Whatever the file holds, read without executing anything in it."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(256).lstrip()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    if head.startswith(b"<"):
-        raise UserError(f"{path} is a web page, not a checkpoint: download the file itself")
-    if head.startswith(b"version https://git-lfs"):
-        raise UserError(f"{path} only points to a checkpoint: fetch the file with `git lfs pull`")
-    damaged = f"{path} is damaged or not whole: fetch it again"
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        mmap = zipfile.is_zipfile(path)  # torch's format since 1.6; an older one is read whole
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:
-        if "GLOBAL" not in str(error):
-            raise UserError(damaged) from None
-        raise UserError(
-            f"{path} holds more than tensors, which could run code when read: save its state dict "
-            "alone and use that"
-        ) from None
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError):
-        raise UserError(damaged) from None
-
-
 def _missing(name: str, model_type: ModelType, path: Path, reason: str = "") -> str:
     return (
         f"the weights of {name} are missing{reason}: put {model_type.file} (from {model_type.url}) "
@@ -247,7 +182,7 @@ def _fetch(url: str, file) -> str:
     with urllib.request.urlopen(url, timeout=30) as response:
         size = int(response.headers.get("Content-Length", 0)) or None
         with tqdm(desc=url.rpartition("/")[2], total=size, unit="B", unit_scale=True) as bar:
-            while chunk := response.read(_CHUNK):
+            while chunk := response.read(CHUNK):
                 file.write(chunk)
                 digest.update(chunk)
                 bar.update(len(chunk))

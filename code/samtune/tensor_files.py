@@ -1,0 +1,85 @@
+"""Files of tensors: read without running anything in them, and every failure in words."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from samtune.errors import UserError
+
+_WRAPPERS = ("model", "state_dict", "model_state_dict")  # common keys around a state dict
+CHUNK = 1 << 20  # bytes
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """The tensors in a .pth, .pt or .safetensors file, by name, on the CPU.
+
+    A surrounding {"model": ...} (or "state_dict", "model_state_dict") and the prefix `module.` are
+    taken off. Nothing in the file is executed. Raises UserError when it is no such file.
+    """
+    state = read_tensors(path)
+    while isinstance(state, dict) and (inner := [k for k in _WRAPPERS if k in state]):
+        state = state[inner[0]]
+    if not isinstance(state, dict) or not state:
+        raise UserError(f"{path} does not hold tensors by name, so it is no checkpoint")
+    if strange := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+        raise UserError(f"{path} is no checkpoint: its entry {strange[0]!r} is not a tensor")
+    if all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    return dict(state)
+
+
+def existing_file(path: str | Path) -> Path:
+    """The path; raises UserError if there is no such file."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: there is no such file")
+    return Path(path)
+
+
+def read_tensors(path: str | Path) -> Any:
+    """Whatever a .pth, .pt or .safetensors file holds, on the CPU, nothing in it executed.
+
+    Raises UserError when it is missing, damaged, a web page, or more than tensors and plain values.
+    """
+    path = existing_file(path)
+    try:
+        with open(path, "rb") as file:
+            head = file.read(256).lstrip()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    if head.startswith(b"<"):
+        raise UserError(f"{path} is a web page, not a checkpoint: download the file itself")
+    if head.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path} only points to a checkpoint: fetch the file with `git lfs pull`")
+    damaged = f"{path} is damaged or not whole: fetch it again"
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        mmap = zipfile.is_zipfile(path)  # torch's format since 1.6; an older one is read whole
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        if "GLOBAL" not in str(error):
+            raise UserError(damaged) from None
+        raise UserError(
+            f"{path} holds more than tensors, which could run code when read: save its state dict "
+            "alone and use that"
+        ) from None
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError):
+        raise UserError(damaged) from None
+
+
+def file_sha256(path: str | Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
