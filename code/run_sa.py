@@ -30,6 +30,10 @@ VERBS = {
     "evaluate": "score a trained run, beside the untuned SAM",
     "benchmark": "time training steps on random data; the last line is JSON",
 }
+NEXT_STEPS = """
+That was the sample set. For your own images: edit the variables at the top of run.sh (MODEL_TYPE,
+CHECKPOINT, TRAIN_IMAGE_DIR, TRAIN_MASK_DIR, ...) and launch it again; ./eval.sh scores the newest
+run. README.md says more."""
 CHOICES = {"model_type": tuple(MODEL_TYPES), "adapter": tuple(ADAPTERS)}
 
 
@@ -66,6 +70,8 @@ def train(argv: list[str]) -> None:
 
             scored = c.EvaluateOptions(run=done.run.output_dir)
             score(c.EvaluateConfig(scored, done.test, done.read, done.loader, {}), process)
+        if process.is_main and not config.data.train_image_dir:
+            print(NEXT_STEPS, flush=True)
 
 
 def evaluate(argv: list[str]) -> None:
