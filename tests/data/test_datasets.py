@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from samtune.config import PromptOptions, ReadOptions
 from samtune.data.datasets import SampleKey, SegmentationDataset, collate
 from samtune.data.files import Pair

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from samtune.config import PromptOptions, ReadOptions
 from samtune.data.datasets import SegmentationDataset
 from samtune.data.files import Pair

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from samtune.data.prompts import box_from_mask, jitter_box
 
 

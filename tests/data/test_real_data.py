@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from samtune.config import ReadOptions
 from samtune.data.files import find_pairs
 from samtune.data.masks import read_mask

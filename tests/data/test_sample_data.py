@@ -4,6 +4,7 @@ import time
 
 import numpy as np
 import pytest
+
 from samtune.config import ReadOptions
 from samtune.data.files import find_pairs
 from samtune.data.prompts import box_from_mask

@@ -3,6 +3,7 @@
 from collections import Counter
 
 import pytest
+
 from samtune.data.sampler import TrainPlan, eval_batches
 from samtune.errors import UserError
 

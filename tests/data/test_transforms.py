@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+
 from samtune.data import transforms
 from samtune.data.transforms import MEAN_COLOUR, augment, fit_image, fit_mask, fit_size
 from samtune.structures import IGNORE, Frame, Sample

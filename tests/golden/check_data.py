@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+
 from samtune.data.prompts import box_from_mask
 from samtune.data.transforms import fit_image, fit_size
 from samtune.structures import Frame, Frames
