@@ -50,7 +50,7 @@ def run(config: EvaluateConfig, process: Process) -> dict:
     """
     wanted = config.evaluate
     with distributed.together():
-        file = trained_file(wanted.run or newest().path)
+        file = trained_file(wanted.run_dir or newest().path)
         metadata = read_metadata(file)
         test, read, prompts = _inherit(config, metadata)
         folder = RunFolder(wanted.output_dir or file.parent)

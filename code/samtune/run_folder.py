@@ -84,5 +84,5 @@ def newest() -> RunFolder:
     runs = sorted(ROOT.glob("*/best.safetensors"), key=lambda path: path.stat().st_mtime)
     if not runs:
         raise UserError("there is no run under checkpoints/ yet: train one with ./run.sh, or name "
-                        "one with --run FOLDER")  # fmt: skip
+                        "one with --run_dir FOLDER")  # fmt: skip
     return RunFolder(runs[-1].parent)
