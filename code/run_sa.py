@@ -6,6 +6,7 @@ verb and runs it. A user's mistake ends here as one line on rank 0, without a tr
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -113,6 +114,9 @@ class Processes:
 
         process = distributed.start(timeout)
         self.met = True
+        if process.is_main:
+            logging.basicConfig(stream=sys.stdout, format="%(message)s")
+            logging.getLogger("samtune").setLevel(logging.INFO)
         try:
             yield process
         except Exception:

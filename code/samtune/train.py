@@ -49,21 +49,21 @@ def run(config: TrainConfig, resumed: RunFolder | None, process: Process) -> Tra
         model, metadata = _build(config)
         train_pairs, val_pairs = _find(config)
     folder = RunFolder(config.run.output_dir)
-    with distributed.together():
-        if process.is_main:
-            _open(folder, config, resumed)
     saved = Checkpoints(folder, metadata, config.run.save_pth)
     with distributed.together():
+        if process.is_main and not resumed:
+            folder.create()
         state = saved.load_last() if resumed else None
-    logbook = Logbook(
-        folder.path, process, config.log, flags.dump(_groups(config)),
-        keep_before_epoch=state["progress"]["epoch"] + 1 if state else 1,
-    )  # fmt: skip
+    train_pairs, val_pairs = (
+        _check(name, pairs, config, model.image_size, process)
+        for name, pairs in (("training", train_pairs), ("validation", val_pairs))
+    )
+    options = flags.dump(_groups(config))
+    if process.is_main:  # only now is it a run: a mistake above leaves nothing behind
+        folder.config.write_text(yaml.safe_dump(options, sort_keys=False))
+    first_epoch = state["progress"]["epoch"] + 1 if state else 1
+    logbook = Logbook(folder.path, process, config.log, options, keep_before_epoch=first_epoch)
     try:
-        train_pairs, val_pairs = (
-            _check(name, pairs, config, model.image_size, process, logbook)
-            for name, pairs in (("training", train_pairs), ("validation", val_pairs))
-        )
         _introduce(config, model, len(train_pairs), len(val_pairs), process, folder, logbook)
         result = _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state)
         logbook.curves()
@@ -154,14 +154,9 @@ def _find(config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
     return train, val
 
 
-def _open(folder: RunFolder, config: TrainConfig, resumed: RunFolder | None) -> None:
-    if resumed is None:
-        folder.create()
-    folder.config.write_text(yaml.safe_dump(flags.dump(_groups(config)), sort_keys=False))
-
-
-def _check(name, pairs, config, image_size, process, logbook) -> list[Pair]:
+def _check(name, pairs, config, image_size, process) -> list[Pair]:
     """Read every file of a split once; drop what cannot be asked about."""
+    logbook = Logbook.console(process)
     report = check_pairs(name, pairs, config.read, image_size, process, logbook)
     return usable(name, pairs, report, config.prompts, logbook)
 
