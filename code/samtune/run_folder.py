@@ -38,8 +38,8 @@ class RunFolder:
         self.predictions = self.path / "predictions"
 
     def create(self) -> None:
-        """Make the folder. Raises UserError if it holds a run or cannot be written."""
-        if self.config.exists() or self.best.exists() or self.last.exists():
+        """Make the folder. Raises UserError if it holds a trained state or cannot be written."""
+        if self.best.exists() or self.last.exists():
             raise UserError(
                 f"--output_dir {self.path} already holds a run: choose another folder, or go on "
                 f"with it by --resume {self.path}"
