@@ -202,6 +202,13 @@ class EvaluateOptions:
 
 
 @dataclass(frozen=True)
+class ImportOptions:
+    """What is imported"""
+
+    weights: str = option("", "the published .pth, .pt or .safetensors file")
+
+
+@dataclass(frozen=True)
 class BenchmarkOptions:
     """Benchmark"""
 
@@ -235,6 +242,18 @@ class EvaluateConfig:
     read: ReadOptions
     loader: LoaderOptions
     given: dict  # what was said, by name
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """All that `import` can be told."""
+
+    source: ImportOptions
+    model: ModelOptions
+    read: ReadOptions
+    prompts: PromptOptions
+    run: RunOptions
+    adapter: object
 
 
 @dataclass(frozen=True)
