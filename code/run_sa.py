@@ -17,6 +17,7 @@ from samtune import config as c
 from samtune import flags
 from samtune.adapters import ADAPTERS
 from samtune.errors import (
+    EXIT_ABORTED,
     EXIT_CRASH,
     EXIT_INTERRUPTED,
     EXIT_USER_ERROR,
@@ -49,6 +50,8 @@ def main(argv: list[str]) -> int:
     except (UserError, Interrupted) as error:
         said = f"error: {error}" if isinstance(error, UserError) else str(error)
         code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_INTERRUPTED
+    except KeyboardInterrupt:
+        said, code = "aborted", EXIT_ABORTED
     except Exception as error:
         said, code = "".join(traceback.format_exception(error)), EXIT_CRASH
     else:
