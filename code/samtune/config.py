@@ -157,7 +157,7 @@ class RunOptions:
     epoch: int = option(10, "passes over the training images")
     seed: int = option(21, "of weights, data order and augmentation")
     deterministic: bool = option(False, "bitwise repeatable on a GPU too, at some cost in time")
-    monitor: str = option(
+    best_by: str = option(
         "loss", "validation score that says which epoch is best", ("loss", "iou", "dice")
     )
     patience: int = option(

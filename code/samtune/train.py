@@ -69,7 +69,7 @@ def run(config: TrainConfig, resumed: RunFolder | None, process: Process) -> Tra
         logbook.curves()
         early = " (stopped early: no better epoch since)" if result.stopped_early else ""
         logbook.say(
-            f"best: epoch {result.best_epoch}, validation {config.run.monitor} "
+            f"best: epoch {result.best_epoch}, validation {config.run.best_by} "
             f"{result.best:.5f}{early}"
         )
         logbook.say(f"saved: {folder.best}   curves: {folder.curves}")
@@ -206,5 +206,5 @@ def _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state):
 
     return trainer.fit(
         plan, make_batches, validate, logbook, saved,
-        epochs=run.epoch, monitor=run.monitor, patience=run.patience, resume=state,
+        epochs=run.epoch, best_by=run.best_by, patience=run.patience, resume=state,
     )  # fmt: skip

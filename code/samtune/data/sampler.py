@@ -21,8 +21,8 @@ class TrainPlan:
     A step takes the next G = world * batch_size * accumulate samples of the epoch's random order;
     the processes take turns. So the samples of step s depend on G, not on how it is divided, every
     sample comes once per epoch, and any step can be computed without those before it. The last step
-    of an epoch takes what is left. All processes have equally many micro-batches in a step: one that
-    would have a micro-batch less gets another sample of the step again, with weight 0.
+    of an epoch takes what is left. All processes have equally many micro-batches in a step: one
+    that would have a micro-batch less gets another sample of the step again, with weight 0.
     Raises UserError if a number is below 1 or there are fewer samples than processes.
     """
 
