@@ -15,7 +15,8 @@ import sys
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import main
+from torch.distributed.run import parse_args
+from torch.distributed.run import run as launch
 
 from samtune.errors import EXIT_CRASH, EXIT_INTERRUPTED, EXIT_USER_ERROR
 
@@ -24,19 +25,22 @@ SAID_BY_THE_WORKER = (EXIT_USER_ERROR, EXIT_INTERRUPTED)
 
 def run() -> int:
     """Run torchrun on `sys.argv`. Returns the exit code of the first worker that failed."""
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable(logging.ERROR)  # torchrun's own account of a worker's end
+    arguments = parse_args(sys.argv[1:])
+    if arguments.nproc_per_node.isdigit():  # else torchrun takes one thread per process, and warns
+        threads = (os.cpu_count() or 1) // int(arguments.nproc_per_node)
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
     # Slurm's warning before the end. torchrun does not pass it on; SIGTERM it does.
     signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     try:
-        main()
+        launch(arguments)
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
         for code in SAID_BY_THE_WORKER:
             if code in codes:
                 return code
-        _, first = error.get_first_failure()
-        print(f"rank {error.get_first_failure()[0]} ended with {_describe(first.exitcode)}",
-              file=sys.stderr)  # fmt: skip
+        rank, first = error.get_first_failure()
+        print(f"rank {rank} ended with {_describe(first.exitcode)}", file=sys.stderr)
         return first.exitcode if first.exitcode > 0 else EXIT_CRASH
     except SignalException:
         return EXIT_INTERRUPTED
