@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     else:
         return 0
     # Ranks that had met agreed who speaks; before that all found the same, and rank 0 says it.
-    if processes.speaks if processes.met else os.environ.get("RANK", "0") == "0":
+    if processes.speaks if processes.met else is_rank_0():
         print(said.rstrip(), file=sys.stderr, flush=True)
     if processes.met:
         # The other ranks are leaving as well. An orderly end would wait for their half-closed
@@ -70,6 +70,8 @@ def main(argv: list[str]) -> int:
 def train(argv: list[str]) -> None:
     """Train; then score the best state if test images are known."""
     folder = to_resume(flags.peek(argv, "resume", ""), flags.peek(argv, "output_dir", ""))
+    if folder is None and flags.peek(argv, "resume", "") and is_rank_0():
+        print("there is no run to go on with: a new one begins", file=sys.stderr, flush=True)
     config, _ = read(c.TrainConfig, "train", argv, str(folder.config) if folder else None)
     with processes(config.run.timeout) as process:
         from samtune.train import run
@@ -165,9 +167,14 @@ def read(kind: type, verb: str, argv: list[str], base: str | None = None):
     return kind(*parsed.instances), parsed
 
 
+def is_rank_0() -> bool:
+    """Whether this process speaks, as torchrun's environment says before the ranks have met."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def remark(parsed: flags.Parsed) -> None:
     """Say what was accepted but ignored."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_rank_0():
         for text in parsed.remarks:
             print(text, file=sys.stderr, flush=True)
 

@@ -166,8 +166,8 @@ class RunOptions:
     output_dir: str = option("", "the run's folder; empty: a new one under checkpoints/")
     resume: str = option(
         "",
-        "go on with the run in this folder; 'auto': with --output_dir if it holds one, else with "
-        "the newest run that was interrupted",
+        "go on with the run in this folder; 'auto': with --output_dir, or without one with the "
+        "newest run in checkpoints/, or begin anew where there is none",
     )
     save_pth: bool = option(False, "also write best.pth, a flat dict of tensors by name")
     timeout: int = option(60, "minutes that a process waits for the others before it gives up")
