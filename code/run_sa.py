@@ -31,6 +31,7 @@ VERBS = {
     "train": "train SAM with an adapter (the default); scores it if there are test images",
     "evaluate": "score a trained run, beside the untuned SAM",
     "import": "turn a published checkpoint, or the parent's, into a run",
+    "compare": "train several adapters under one budget, with the flags of train",
     "benchmark": "time training steps on random data; the last line is JSON",
 }
 NEXT_STEPS = """
@@ -106,6 +107,21 @@ def import_(argv: list[str]) -> None:
         from samtune.importing import run
 
         run(config, process)
+
+
+def compare(argv: list[str]) -> None:
+    """Several adapters side by side."""
+    from samtune.compare import run
+
+    parser = flags.Parser(prog="run_sa.py compare", description=VERBS["compare"])
+    parser.add_argument(
+        "--adapters", default=",".join(ADAPTERS), help="with commas between (default: all)"
+    )
+    parser.add_argument("--output_dir", required=True, help="a folder for all their runs")
+    given, rest = parser.parse_known_args(argv)
+    if unknown := set(given.adapters.split(",")) - set(ADAPTERS):
+        raise UserError(f"--adapters {min(unknown)}: there are {', '.join(ADAPTERS)}")
+    print(run(given.adapters.split(","), given.output_dir, rest))
 
 
 def benchmark(argv: list[str]) -> None:
@@ -193,7 +209,13 @@ GROUPS = {
     "benchmark": c.BenchmarkOptions,
     "source": c.ImportOptions,
 }
-RUN = {"train": train, "evaluate": evaluate, "import": import_, "benchmark": benchmark}
+RUN = {
+    "train": train,
+    "evaluate": evaluate,
+    "import": import_,
+    "compare": compare,
+    "benchmark": benchmark,
+}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
