@@ -64,9 +64,9 @@ class AdaptFormerOptions:
     )
 
     def __post_init__(self):
-        kept = {"original": ("learn_scale", "dropout"), "spatial": ("dilations",)}
-        for f in fields(self)[3:]:
-            if f.name not in kept.get(self.form, ()) and getattr(self, f.name) != f.default:
+        only = {"learn_scale": "original", "dropout": "original", "dilations": "spatial"}
+        for f in fields(self):
+            if only.get(f.name, self.form) != self.form and getattr(self, f.name) != f.default:
                 raise UserError(f"--{f.name} means nothing with --form {self.form}")
         if self.bottleneck < 0:
             raise UserError(f"--bottleneck {self.bottleneck}: it must be at least 1")
