@@ -34,7 +34,9 @@ class ModelOptions:
         ("auto", "adapter", "all"),
     )
     image_size: int = option(
-        0, "side of the square that the model sees, pixels, a multiple of 16; 0: the model's own"
+        0,
+        "side of the square that the model sees, pixels, a multiple of 16; 0: the adapter's own if "
+        "it has one, else the model's",
     )
 
 

@@ -1,11 +1,14 @@
 """What every adapter must do, whatever it is."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from samtune.adapters import ADAPTERS, build_model
-from samtune.adapters.options import SamAdapterOptions
+from samtune.adapters import ADAPTERS, build_model, build_untuned
+from samtune.adapters.options import AdaptFormerOptions, SamAdapterOptions, SamusOptions
 from samtune.config import ModelOptions
+from samtune.engine.checkpoint import load_adapted, save_adapted
 from samtune.models.sam import build_sam
 from samtune.structures import Prompts
 
@@ -13,6 +16,11 @@ VARIANTS = [(name, adapter.options()) for name, adapter in ADAPTERS.items()] + [
     ("sam_adapter", SamAdapterOptions(tune_out=12, hidden_dim=6)),
     ("sam_adapter", SamAdapterOptions(variant="official")),
     ("sam_adapter", SamAdapterOptions(variant="official", embedding="straight")),
+    ("adaptformer", AdaptFormerOptions(bottleneck=5, scale=0.3, learn_scale=True, dropout=0)),
+    ("adaptformer", AdaptFormerOptions("gsam")),
+    ("adaptformer", AdaptFormerOptions("spatial", bottleneck=4, dilations="2,3")),
+    ("samus", SamusOptions(cnn_width=8)),
+    ("samus", SamusOptions(cnn_width=8, freeze_decoder=True)),
 ]
 CASES = [
     pytest.param(name, options, prompt, id=f"{name}-{index}-{prompt}")
@@ -29,6 +37,24 @@ def checkpoint(tmp_path, tiny):
     return path
 
 
+def tiny_options(name: str, **values) -> ModelOptions:
+    """The tiny SAM at 64 px, also for an adapter whose own frame is another."""
+    return ModelOptions(**{"model_type": "tiny", "adapter": name, "image_size": 64} | values)
+
+
+def logits_side(name: str, image_size: int = 64) -> int:
+    """Four logits per patch and side; patches of 16 px may overlap."""
+    return 4 * image_size // (ADAPTERS[name].stride or 16)
+
+
+def leave_zero(model) -> None:
+    """Move what trains off its start, where a zero may hide a gradient."""
+    generator = torch.Generator().manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+
+
 def ask(prompt: str) -> tuple[torch.Tensor, Prompts]:
     generator = torch.Generator().manual_seed(5)
     image = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=generator)
@@ -40,13 +66,14 @@ def ask(prompt: str) -> tuple[torch.Tensor, Prompts]:
 @pytest.mark.parametrize("train", ["adapter", "all"])
 def test_what_trains_and_what_does_not(checkpoint, name, options, prompt, train):
     """Each trainable parameter gets a gradient, and a step changes nothing else."""
-    model_options = ModelOptions(model_type="tiny", adapter=name, train=train)
+    model_options = tiny_options(name, train=train)
     model = build_model(model_options, options, prompt, checkpoint, seed=1).train()
+    leave_zero(model)
     image, prompts = ask(prompt)
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     before = {n: t.clone() for n, t in model.state_dict().items()}
     prediction = model(image, prompts, torch.tensor([[64, 64], [40, 64]]))
-    assert prediction.logits.shape == (2, 1, 16, 16)
+    assert prediction.logits.shape == (2, 1, logits_side(name), logits_side(name))
     prediction.logits.square().mean().backward()
 
     without = {n for n, p in model.named_parameters() if p.grad is None}
@@ -60,18 +87,18 @@ def test_what_trains_and_what_does_not(checkpoint, name, options, prompt, train)
 @pytest.mark.parametrize(("name", "options", "prompt"), CASES)
 def test_names_and_counts_of_the_base_stay(checkpoint, name, options, prompt):
     """What the base checkpoint brought is still there under its name, with its value."""
-    model_options = ModelOptions(model_type="tiny", adapter=name)
-    model = build_model(model_options, options, prompt, checkpoint, seed=1)
+    model = build_model(tiny_options(name), options, prompt, checkpoint, seed=1)
     base, state = torch.load(checkpoint, weights_only=True), model.state_dict()
-    assert all(torch.equal(state[key], base[key]) for key in base)
+    resized = model.load_report.resized
+    assert all("rel_pos" in key for key in resized) and bool(resized) == bool(ADAPTERS[name].stride)
+    assert all(torch.equal(state[key], base[key]) for key in base.keys() - {*resized})
     assert model.base_keys | model.own_keys == base.keys()
     assert set(model.load_report.new) == state.keys() - base.keys()
 
 
 @pytest.mark.parametrize(("name", "options", "prompt"), CASES)
 def test_forward_in_bf16_is_finite(checkpoint, name, options, prompt):
-    model_options = ModelOptions(model_type="tiny", adapter=name)
-    model = build_model(model_options, options, prompt, checkpoint, seed=1).train()
+    model = build_model(tiny_options(name), options, prompt, checkpoint, seed=1).train()
     image, prompts = ask(prompt)
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(image, prompts).logits
@@ -83,18 +110,17 @@ def test_forward_in_bf16_is_finite(checkpoint, name, options, prompt):
 
 @pytest.mark.parametrize(("name", "options"), VARIANTS)
 def test_another_image_size(checkpoint, name, options):
-    model_options = ModelOptions(model_type="tiny", adapter=name, image_size=96)
-    model = build_model(model_options, options, "none", checkpoint, seed=1)
-    assert model(torch.zeros(1, 3, 96, 96, dtype=torch.uint8)).logits.shape == (1, 1, 24, 24)
-    assert "image_encoder.pos_embed" in model.load_report.resized
+    model = build_model(tiny_options(name, image_size=96), options, "none", checkpoint, seed=1)
+    logits = model(torch.zeros(1, 3, 96, 96, dtype=torch.uint8)).logits
+    assert logits.shape == (1, 1, logits_side(name, 96), logits_side(name, 96))
+    assert "image_encoder.blocks.1.attn.rel_pos_h" in model.load_report.resized
 
 
 @pytest.mark.parametrize(("name", "options"), VARIANTS)
 def test_the_stock_predictor_takes_the_adapted_model(checkpoint, name, options):
     from segment_anything import SamPredictor
 
-    model_options = ModelOptions(model_type="tiny", adapter=name)
-    model = build_model(model_options, options, "box", checkpoint, seed=1)
+    model = build_model(tiny_options(name), options, "box", checkpoint, seed=1)
     image, prompts = ask("box")
     predictor = SamPredictor(model.as_sam())
     predictor.set_image(image[0].permute(1, 2, 0).contiguous().numpy())
@@ -107,9 +133,41 @@ def test_the_stock_predictor_takes_the_adapted_model(checkpoint, name, options):
 @pytest.mark.parametrize(("name", "options"), VARIANTS)
 def test_encoder_and_decoder_trace_as_one_graph(checkpoint, name, options):
     """torch.compile meets nothing that it must leave to Python."""
-    model_options = ModelOptions(model_type="tiny", adapter=name)
-    model = build_model(model_options, options, "box", checkpoint, seed=1)
+    model = build_model(tiny_options(name), options, "box", checkpoint, seed=1)
+    torch.compiler.reset()  # the compiler keeps a few versions of a function and then gives up
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     image, prompts = ask("box")
     with torch.no_grad():
         assert torch.equal(compiled(image, prompts).logits, model(image, prompts).logits)
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_what_training_changed_loads_into_a_fresh_model(checkpoint, tmp_path, name, options):
+    """The adapted state is all that is needed beside the base, bit for bit."""
+    build = partial(build_model, tiny_options(name), options, "none", checkpoint)
+    tuned, fresh = build(seed=1), build(seed=2)
+    leave_zero(tuned)
+    save_adapted(tmp_path / "best.safetensors", tuned, {})
+    loaded = load_adapted(fresh, tmp_path / "best.safetensors")
+    frozen = {n for n, p in tuned.named_parameters() if not p.requires_grad}
+    assert loaded and tuned.base_keys.isdisjoint(frozen & {*loaded})
+    state = fresh.state_dict()
+    assert all(torch.equal(tensor, state[key]) for key, tensor in tuned.state_dict().items())
+
+
+IDENTITIES = [
+    ("adaptformer", AdaptFormerOptions()),
+    ("adaptformer", AdaptFormerOptions(bottleneck=5, learn_scale=True)),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), IDENTITIES)
+def test_the_start_is_the_untuned_model(checkpoint, name, options):
+    """Where the method says that training begins at SAM itself."""
+    model = build_model(tiny_options(name), options, "box", checkpoint, seed=1)
+    untuned = build_untuned(tiny_options(name), checkpoint, seed=1)
+    image, prompts = ask("box")
+    with torch.no_grad():
+        expected = untuned(image, prompts).logits
+        assert torch.allclose(model(image, prompts).logits, expected, atol=1e-5)
+        assert torch.allclose(model.train()(image, prompts).logits, expected, atol=1e-5)

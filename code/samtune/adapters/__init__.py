@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from samtune.adapters.base import Adapter
-from samtune.adapters.options import DecoderOptions, SamAdapterOptions
+from samtune.adapters.options import (
+    AdaptFormerOptions,
+    DecoderOptions,
+    SamAdapterOptions,
+    SamusOptions,
+)
 from samtune.config import ModelOptions
 from samtune.errors import UserError
 
@@ -45,6 +50,27 @@ ADAPTERS: dict[str, Adapter] = {
             (r"^(pe_layer\..*)$", r"prompt_encoder.\1"),
         ),
     ),
+    "adaptformer": Adapter(
+        name="adaptformer",
+        summary="adds a bottleneck beside the MLP of every block of the image encoder",
+        options=AdaptFormerOptions,
+        module="samtune.adapters.adaptformer",
+        prompts=("box", "none"),
+        backbones=("vit",),
+        source="arXiv 2205.13535; ShoufaChen/AdaptFormer 6967d67 (original), "
+        "usagisukisuki/G-SAM 31dfd1c (gsam, spatial; arXiv 2408.12406)",
+    ),
+    "samus": Adapter(
+        name="samus",
+        summary="adds a convolution branch that the blocks of global attention read, at 256 px",
+        options=SamusOptions,
+        module="samtune.adapters.samus",
+        prompts=("box", "none"),
+        backbones=("vit",),
+        source="arXiv 2309.06824; xianlin7/SAMUS 030ed07",
+        image_size=256,
+        stride=8,
+    ),
 }
 
 
@@ -67,7 +93,7 @@ def build_model(
         raise UserError(f"--adapter {options.adapter}: choose from {', '.join(ADAPTERS)}")
     adapter = ADAPTERS[options.adapter]
     adapter.check(options, prompt)
-    sam, report = _frozen_base(options, checkpoint, seed)
+    sam, report = _frozen_base(options, checkpoint, seed, adapter.stride)
     with seeded(seed + 1):
         model = adapter.build(sam, adapter_options)
     if options.train == "all" or (options.train == "auto" and checkpoint is None):
@@ -77,7 +103,9 @@ def build_model(
 
 
 def build_untuned(options: ModelOptions, checkpoint: Path | None, seed: int) -> PromptedSam:
-    """Stock SAM, all frozen: what `build_model` starts from with the same arguments."""
+    """Stock SAM in the adapter's frame, all frozen: what `build_model` with the same arguments
+    starts from, but that patches lie side by side.
+    """
     from samtune.models.segmenter import PromptedSam
 
     sam, report = _frozen_base(options, checkpoint, seed)
@@ -85,14 +113,15 @@ def build_untuned(options: ModelOptions, checkpoint: Path | None, seed: int) -> 
 
 
 def _frozen_base(
-    options: ModelOptions, checkpoint: Path | None, seed: int
+    options: ModelOptions, checkpoint: Path | None, seed: int, stride: int = 0
 ) -> tuple[Sam, LoadReport | None]:
     from samtune.adapters.layers import seeded
     from samtune.models.sam import build_sam
     from samtune.models.weights import load_base
 
+    image_size = options.image_size or ADAPTERS[options.adapter].image_size
     with seeded(seed):
-        sam = build_sam(options.model_type, options.image_size)
+        sam = build_sam(options.model_type, image_size, stride)
     report = load_base(sam, checkpoint) if checkpoint else None
     return sam.requires_grad_(False), report
 

@@ -23,7 +23,9 @@ class Adapter:
     flags. module: where it is built, imported only then. prompts: values of --prompt that it takes.
     backbones: families of image encoders that it fits. source: paper, repository and commit.
     renames: (regular expression, replacement) pairs from published names of tensors to ours, each
-    to be matched against a whole name; a replacement of None drops the tensor.
+    to be matched against a whole name; a replacement of None drops the tensor. image_size: side of
+    the frame, pixels, where --image_size does not say it; 0: the model type's own. stride: pixels
+    between patches that overlap, 0: side by side; see `build_image_encoder`.
 
     The module's `build(sam, options) -> PromptedSam` gets a stock Sam, all of it frozen and with
     its base weights in place, and may alter any part of it. What it makes trains because it is new;
@@ -40,6 +42,8 @@ class Adapter:
     backbones: tuple[str, ...]
     source: str
     renames: tuple[tuple[str, str | None], ...] = ()
+    image_size: int = 0
+    stride: int = 0
 
     def check(self, model: ModelOptions, prompt: str) -> None:
         """Refuse an impossible combination before any weight is read, with a UserError."""

@@ -39,3 +39,56 @@ class SamAdapterOptions:
                 raise UserError(f"--{f.name} means nothing with --variant {self.variant}")
         if min(self.tune_out, self.hidden_dim) < 1:
             raise UserError("--tune_out and --hidden_dim must be at least 1")
+
+
+@dataclass(frozen=True)
+class AdaptFormerOptions:
+    """Adapter adaptformer"""
+
+    form: str = option(
+        "original",
+        "'original': reads what enters the MLP's norm, and changes nothing at first; 'gsam': reads "
+        "what the norm returns; 'spatial': as gsam, and looks around each token (SM-AdaptFormer)",
+        ("original", "gsam", "spatial"),
+    )
+    bottleneck: int = option(
+        0, "channels inside each adapter; 0: 64 (original) or a quarter of the encoder's"
+    )
+    scale: float = option(
+        0.0, "weight of the adapter beside the MLP; 0: 0.1 (original) or 0.5, as published"
+    )
+    learn_scale: bool = option(False, "original: let each block's weight train, from --scale")
+    dropout: float = option(0.1, "original: share of its channels that training drops")
+    dilations: str = option(
+        "12,24,36", "spatial: distances, in tokens, at which it looks around beside the next token"
+    )
+
+    def __post_init__(self):
+        only = {"learn_scale": "original", "dropout": "original", "dilations": "spatial"}
+        for f in fields(self):
+            if only.get(f.name, self.form) != self.form and getattr(self, f.name) != f.default:
+                raise UserError(f"--{f.name} means nothing with --form {self.form}")
+        if self.bottleneck < 0:
+            raise UserError(f"--bottleneck {self.bottleneck}: it must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"--dropout {self.dropout}: it must be at least 0 and below 1")
+        if not all(d.strip().isdigit() and int(d) for d in self.dilations.split(",")):
+            raise UserError(
+                f"--dilations {self.dilations}: write whole numbers above 0, like 12,24,36"
+            )
+
+
+@dataclass(frozen=True)
+class SamusOptions:
+    """Adapter samus"""
+
+    cnn_width: int = option(
+        64, "channels of the convolution branch at full size; each halving of the size doubles them"
+    )
+    freeze_decoder: bool = option(
+        False, "leave the mask decoder as it is, as published (with --train adapter)"
+    )
+
+    def __post_init__(self):
+        if self.cnn_width < 1:
+            raise UserError(f"--cnn_width {self.cnn_width}: it must be at least 1")
