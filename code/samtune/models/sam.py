@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 from segment_anything.modeling import (
     ImageEncoderViT,
     MaskDecoder,
@@ -15,16 +14,20 @@ from segment_anything.modeling import (
     Sam,
     TwoWayTransformer,
 )
+from torch import nn
 
 from samtune.errors import UserError
-from samtune.models import MODEL_TYPES, ModelType
+from samtune.models import MODEL_TYPES, NORMALISATIONS, ModelType
 from samtune.models.attention import RelativeAttention
 
 
-def build_sam(model_type: str | ModelType, image_size: int = 0) -> Sam:
+def build_sam(
+    model_type: str | ModelType, image_size: int = 0, normalisation: str = "sam"
+) -> Sam:
     """Stock SAM with random weights, in eval mode.
 
-    image_size: side of the square input in pixels; 0 takes the type's own. The caller seeds torch.
+    image_size: side of the square input in pixels; 0 takes the type's own. normalisation: a name
+    in `NORMALISATIONS`. The caller seeds torch.
     Raises UserError for an unknown type or a size that is no multiple of the patch.
     """
     model_type = resolve_model_type(model_type)
@@ -35,10 +38,13 @@ def build_sam(model_type: str | ModelType, image_size: int = 0) -> Sam:
             f"{model_type.patch_size} pixels, the side of a patch"
         )
     grid = image_size // model_type.patch_size
+    mean, deviation = NORMALISATIONS[normalisation]
     sam = Sam(
         image_encoder=build_image_encoder(model_type, image_size),
         prompt_encoder=build_prompt_encoder(model_type, (grid, grid)),
         mask_decoder=build_mask_decoder(model_type),
+        pixel_mean=mean,
+        pixel_std=deviation,
     )
     return sam.eval()
 
@@ -52,8 +58,15 @@ def resolve_model_type(model_type: str | ModelType) -> ModelType:
     return MODEL_TYPES[model_type]
 
 
-def build_image_encoder(model_type: ModelType, image_size: int) -> ImageEncoderViT:
-    """(B, 3, S, S) normalised image -> (B, prompt_embed_dim, S / patch, S / patch) features."""
+def build_image_encoder(model_type: ModelType, image_size: int) -> nn.Module:
+    """(B, 3, S, S) normalised image -> (B, prompt_embed_dim, S / patch, S / patch) features.
+
+    SAM's own ImageEncoderViT, or a TinyViTEncoder where that is the type's backbone.
+    """
+    if model_type.backbone == "tiny_vit":
+        from samtune.models.tiny_vit import build_tiny_vit  # it takes timm, which nobody else does
+
+        return build_tiny_vit(model_type, image_size)
     encoder = ImageEncoderViT(
         img_size=image_size,
         patch_size=model_type.patch_size,
@@ -62,7 +75,7 @@ def build_image_encoder(model_type: ModelType, image_size: int) -> ImageEncoderV
         num_heads=model_type.num_heads,
         mlp_ratio=model_type.mlp_ratio,
         out_chans=model_type.prompt_embed_dim,
-        norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
         use_rel_pos=True,
         window_size=model_type.window_size,
         global_attn_indexes=model_type.global_blocks,
@@ -70,7 +83,7 @@ def build_image_encoder(model_type: ModelType, image_size: int) -> ImageEncoderV
     for block in encoder.blocks:
         block.attn = RelativeAttention(block.attn)
     # Stock starts the position table at zero, because weights are always loaded over it.
-    torch.nn.init.trunc_normal_(encoder.pos_embed, std=0.02)
+    nn.init.trunc_normal_(encoder.pos_embed, std=0.02)
     return encoder
 
 
