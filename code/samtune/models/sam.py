@@ -21,9 +21,7 @@ from samtune.models import MODEL_TYPES, NORMALISATIONS, ModelType
 from samtune.models.attention import RelativeAttention
 
 
-def build_sam(
-    model_type: str | ModelType, image_size: int = 0, normalisation: str = "sam"
-) -> Sam:
+def build_sam(model_type: str | ModelType, image_size: int = 0, normalisation: str = "sam") -> Sam:
     """Stock SAM with random weights, in eval mode.
 
     image_size: side of the square input in pixels; 0 takes the type's own. normalisation: a name

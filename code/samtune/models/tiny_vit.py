@@ -16,7 +16,7 @@ from collections import OrderedDict
 
 import torch
 from segment_anything.modeling.common import LayerNorm2d
-from timm.models.tiny_vit import Attention, ConvNorm, TinyVit
+from timm.models.tiny_vit import Attention, ConvNorm, TinyVit, TinyVitBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -52,12 +52,11 @@ class TinyViTEncoder(nn.Module):
         self.patch_embed = nn.Sequential(
             OrderedDict(seq=nn.Sequential(stem.conv1, stem.act, stem.conv2))
         )
-        stages = list(trunk.stages)
-        merging = [stage.downsample for stage in stages[1:]]
+        merging = [stage.downsample for stage in trunk.stages[1:]]
         merging[-1].conv2.conv.stride = (1, 1)
         self.layers = nn.ModuleList(
             Layer(stage.blocks, downsample)
-            for stage, downsample in zip(stages, [*merging, None], strict=True)
+            for stage, downsample in zip(trunk.stages, [*merging, nn.Identity()], strict=True)
         )
         self.neck = nn.Sequential(
             nn.Conv2d(trunk.num_features, out_chans, 1, bias=False),
@@ -72,32 +71,32 @@ class TinyViTEncoder(nn.Module):
     @property
     def blocks(self) -> list[nn.Module]:
         """The blocks that attend, in order; the first layer has none of them."""
-        return [block for layer in self.layers[1:] for block in layer.blocks]
+        return [block for layer in self.layers if layer.attends for block in layer.blocks]
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) normalised -> (B, out_chans, H / 16, W / 16)."""
         x = self.patch_embed(image)  # (B, C, H / 4, W / 4)
-        first, *others = self.layers
-        x = first.downsample(first.blocks(x)).permute(0, 2, 3, 1)  # (B, H / 8, W / 8, C)
-        for layer in others:
+        for layer in self.layers:
             x = layer(x)
-        return self.neck(x.permute(0, 3, 1, 2))
+        return self.neck(x)
 
 
 class Layer(nn.Module):
-    """A stage's blocks, then the merging to the next stage's width; none after the last."""
+    """A stage's blocks, then the merging to the next stage's width and grid."""
 
-    def __init__(self, blocks: nn.Sequential, downsample: nn.Module | None):
+    def __init__(self, blocks: nn.Sequential, downsample: nn.Module):
         super().__init__()
         self.blocks = blocks
         self.downsample = downsample
+        self.attends = isinstance(blocks[0], TinyVitBlock)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, h, w, C) -> (B, h', w', C'), through blocks that attend."""
-        x = self.blocks(x)
-        if self.downsample is None:
-            return x
-        return self.downsample(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        """(B, C, h, w) -> (B, C', h', w')."""
+        if self.attends:  # such blocks want channels last
+            x = self.blocks(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        else:
+            x = self.blocks(x)
+        return self.downsample(x)
 
 
 class WindowAttention(nn.Module):
