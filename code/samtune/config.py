@@ -38,6 +38,12 @@ class ModelOptions:
         "side of the square that the model sees, pixels, a multiple of 16; 0: the adapter's own if "
         "it has one, else the model's",
     )
+    normalisation: str = option(
+        "sam",
+        "how the weights want pixels: 'sam': SAM's mean and deviation (MobileSAM's and micro-sam's "
+        "weights too); 'unit': 0..1 (MedSAM's)",
+        ("sam", "unit"),
+    )
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from samtune.adapters.options import (
     DecoderOptions,
     SamAdapterOptions,
     SamusOptions,
+    TsSamOptions,
 )
 from samtune.config import ModelOptions
 from samtune.errors import UserError
@@ -32,7 +33,7 @@ ADAPTERS: dict[str, Adapter] = {
         options=DecoderOptions,
         module="samtune.adapters.decoder",
         prompts=("box", "none"),
-        backbones=("vit",),
+        backbones=("vit", "tiny_vit"),
         source="Kyyle2114/Fine-tuning-Segment-Anything a7cf899",
     ),
     "sam_adapter": Adapter(
@@ -49,6 +50,18 @@ ADAPTERS: dict[str, Adapter] = {
             (r"^(no_mask_embed\..*)$", r"prompt_encoder.\1"),
             (r"^(pe_layer\..*)$", r"prompt_encoder.\1"),
         ),
+        needs="blocks that share one width and one grid with the patches",
+    ),
+    "ts_sam": Adapter(
+        name="ts_sam",
+        summary="a side stream beside the image encoder, refined at three scales, and a decoder of "
+        "its own",
+        options=TsSamOptions,
+        module="samtune.adapters.ts_sam",
+        prompts=("none",),
+        backbones=("vit",),
+        source="arXiv 2408.01835; maoyangou147/TS-SAM edd171c",
+        needs="blocks that share one width and one grid with the patches",
     ),
     "adaptformer": Adapter(
         name="adaptformer",
@@ -121,16 +134,29 @@ def _frozen_base(
 
     image_size = options.image_size or ADAPTERS[options.adapter].image_size
     with seeded(seed):
-        sam = build_sam(options.model_type, image_size, stride)
+        sam = build_sam(
+            options.model_type,
+            image_size,
+            stride=stride,
+            normalisation=options.normalisation,
+        )
     report = load_base(sam, checkpoint) if checkpoint else None
     return sam.requires_grad_(False), report
 
 
 def _account(model: PromptedSam, report: LoadReport | None) -> PromptedSam:
-    """Note which tensors the base checkpoint brought, and which are the adapter's own."""
+    """Note which tensors the base checkpoint brought, and which are the adapter's own.
+
+    What the adapter left out of SAM counts as unused.
+    """
     if report is not None:
-        base = {*report.loaded, *report.resized}
-        new = tuple(name for name in model.state_dict() if name not in base)
-        model.load_report = replace(report, new=new)
-        model.base_keys = frozenset(base) - model.own_keys
+        base, names = {*report.loaded, *report.resized}, model.state_dict().keys()
+        model.load_report = replace(
+            report,
+            loaded=tuple(name for name in report.loaded if name in names),
+            resized=tuple(name for name in report.resized if name in names),
+            new=tuple(name for name in names if name not in base),
+            unused=report.unused + tuple(sorted(base - names)),
+        )
+        model.base_keys = frozenset(base & names) - model.own_keys
     return model

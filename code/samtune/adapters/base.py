@@ -21,7 +21,8 @@ class Adapter:
 
     name: as in --adapter. summary: one line for help and README. options: the dataclass of its own
     flags. module: where it is built, imported only then. prompts: values of --prompt that it takes.
-    backbones: families of image encoders that it fits. source: paper, repository and commit.
+    backbones: families of image encoders that it fits; needs: what it asks of one, for the refusal
+    of another. source: paper, repository and commit.
     renames: (regular expression, replacement) pairs from published names of tensors to ours, each
     to be matched against a whole name; a replacement of None drops the tensor. image_size: side of
     the frame, pixels, where --image_size does not say it; 0: the model type's own. stride: pixels
@@ -44,6 +45,7 @@ class Adapter:
     renames: tuple[tuple[str, str | None], ...] = ()
     image_size: int = 0
     stride: int = 0
+    needs: str = ""
 
     def check(self, model: ModelOptions, prompt: str) -> None:
         """Refuse an impossible combination before any weight is read, with a UserError."""
@@ -58,9 +60,10 @@ class Adapter:
             )
         if MODEL_TYPES[model.model_type].backbone not in self.backbones:
             fitting = [n for n, row in MODEL_TYPES.items() if row.backbone in self.backbones]
+            needs = f": it needs {self.needs}" if self.needs else ""
             raise UserError(
-                f"--adapter {self.name} does not fit --model_type {model.model_type}; it fits "
-                f"{', '.join(fitting)}"
+                f"--adapter {self.name} does not fit --model_type {model.model_type}{needs}; it "
+                f"fits {', '.join(fitting)}"
             )
 
     def build(self, sam: Sam, options) -> PromptedSam:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from samtune.models.attention import in_windows
-from samtune.models.sam import ImageEncoderViT, Sam
+from samtune.models.sam import ImageEncoderViT, MaskDecoder, Sam
 from samtune.models.segmenter import PromptedSam
 
 
@@ -25,10 +25,13 @@ def thaw_decoder(sam: Sam | PromptedSam) -> None:
     """Let the mask decoder train, but for the heads that no loss reads.
 
     These are the IoU head and the hyper-networks of the mask tokens beside the first. Without a
-    gradient they would make distributed training fail, and with a zero one only decay.
+    gradient they would make distributed training fail, and with a zero one only decay. A decoder
+    that an adapter brought has no such heads.
     """
     decoder = sam.mask_decoder
     decoder.requires_grad_(True)
+    if not isinstance(decoder, MaskDecoder):
+        return
     decoder.iou_prediction_head.requires_grad_(False)
     decoder.output_hypernetworks_mlps[1:].requires_grad_(False)
 
@@ -101,3 +104,12 @@ def _is_low(length: int, half_side: int, device: torch.device) -> Tensor:
     """(length,) bool: frequencies in [-half_side, half_side), in the order of the transform."""
     frequency = (torch.arange(length, device=device) + length // 2) % length - length // 2
     return (frequency >= -half_side) & (frequency < half_side)
+
+
+def misread_channels(patches: Tensor) -> Tensor:
+    """(B, h, w, C), its memory read as (B, C, h, w), put into the shape (B, h, w, C).
+
+    A slip of SAM-Adapter's code that TS-SAM took over; the weights of both were trained with it.
+    """
+    batch, height, width, channels = patches.shape
+    return patches.reshape(batch, channels, height, width).permute(0, 2, 3, 1)

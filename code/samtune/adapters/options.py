@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 
 from samtune.config import option
@@ -92,3 +93,41 @@ class SamusOptions:
     def __post_init__(self):
         if self.cnn_width < 1:
             raise UserError(f"--cnn_width {self.cnn_width}: it must be at least 1")
+
+
+@dataclass(frozen=True)
+class TsSamOptions:
+    """Adapter ts_sam"""
+
+    use_fft: bool = option(
+        False, "feed the image's high frequencies to the side stream, as published for shadows"
+    )
+    csa_blocks: str = option(
+        "auto",
+        "blocks whose output the side stream reads and changes: '0,2,5-7' or 'none'; 'auto': all, "
+        "as published",
+    )
+    mrm_blocks: str = option(
+        "auto",
+        "blocks whose output is refined at finer scales, likewise; 'auto': the last 12, as "
+        "published for vit_b and vit_h",
+    )
+    scale_factor: int = option(
+        0,
+        "the encoder's width over the side stream's; 0: such that the side stream has the width of "
+        "SAM's features (3, 4, 5 for vit_b, vit_l, vit_h)",
+    )
+    embedding: str = option(
+        "published",
+        "how patches enter the side stream: 'published' mixes places as the published weights need "
+        "it, 'straight' does not",
+        ("published", "straight"),
+    )
+
+    def __post_init__(self):
+        for name in ("csa_blocks", "mrm_blocks"):
+            text = getattr(self, name)
+            if not re.fullmatch(r"auto|none|\d+(-\d+)?(,\d+(-\d+)?)*", text):
+                raise UserError(f"--{name} {text}: write it like 0,2,5-7, or 'auto' or 'none'")
+        if self.scale_factor < 0:
+            raise UserError("--scale_factor must be at least 1, or 0")

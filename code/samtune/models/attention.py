@@ -23,6 +23,8 @@ from samtune.models.positions import resize_rel_pos
 class RelativeAttention(nn.Module):
     """Stock's parameters under stock's names; equal to stock's forward up to rounding."""
 
+    head_major = False  # see `anatomy.QkvLayout`
+
     def __init__(self, stock: Attention):
         super().__init__()
         self.num_heads = stock.num_heads

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import os
+import re
 import tempfile
 import urllib.request
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ def find_checkpoint(options: ModelOptions, folder: Path = Path("checkpoints")) -
         return path
     if not model_type.file or path.name != model_type.file:
         raise UserError(f"--checkpoint {path}: there is no such file")
-    if not options.download:
+    if not (options.download and model_type.sha256):
         raise UserError(_missing(options.model_type, model_type, path))
     _download(options.model_type, model_type, path)
     return path
@@ -90,7 +91,10 @@ def load_base(sam: Sam, path: str | Path) -> LoadReport:
 
 
 def _resize_positions(sam: Sam, given: dict, wanted: dict) -> list[str]:
-    """Resize position tables in `given` to the shapes in `wanted`; the names that were resized."""
+    """Resize position tables in `given` to the shapes in `wanted`; the names that were resized.
+
+    A TinyViT has none: its biases are those of windows.
+    """
     name = "image_encoder.pos_embed"
     resizers = {name: lambda table, shape: resize_pos_embed(table, tuple(shape[1:3]))}
     for index, block in enumerate(sam.image_encoder.blocks):
@@ -100,8 +104,8 @@ def _resize_positions(sam: Sam, given: dict, wanted: dict) -> list[str]:
                 resizers[name] = lambda table, shape: resize_rel_pos(table, shape[0])
     resized = []
     for name, resize in resizers.items():
-        table, target = given.get(name), wanted[name]
-        if table is None or table.shape == target.shape:
+        table, target = given.get(name), wanted.get(name)
+        if table is None or target is None or table.shape == target.shape:
             continue
         if table.ndim == target.ndim and table.shape[-1] == target.shape[-1]:
             given[name] = resize(table.float(), target.shape)
@@ -136,12 +140,13 @@ def _shape(state: dict, name: str) -> torch.Size | None:
 
 
 def _anatomy(state: dict) -> tuple[int, int, int] | None:
-    """Width, blocks and feature channels of the image encoder in a state dict."""
-    patch, neck = "image_encoder.patch_embed.proj.weight", "image_encoder.neck.0.weight"
-    if patch not in state or neck not in state:
+    """Width before the neck, blocks and feature channels of the image encoder in a state dict."""
+    neck = state.get("image_encoder.neck.0.weight")
+    block = re.compile(r"image_encoder\.(layers\.\d+\.)?blocks\.\d+\.")
+    blocks = {match[0] for name in state if (match := block.match(name))}
+    if neck is None or neck.ndim != 4 or not blocks:
         return None
-    blocks = {n.split(".")[2] for n in state if n.startswith("image_encoder.blocks.")}
-    return len(state[patch]), len(blocks), len(state[neck])
+    return neck.shape[1], len(blocks), neck.shape[0]
 
 
 def _type_anatomy(model_type: ModelType) -> tuple[int, int, int]:
@@ -149,9 +154,10 @@ def _type_anatomy(model_type: ModelType) -> tuple[int, int, int]:
 
 
 def _missing(name: str, model_type: ModelType, path: Path, reason: str = "") -> str:
+    fetch = "or add --download, " if model_type.sha256 else ""
     return (
         f"the weights of {name} are missing{reason}: put {model_type.file} (from {model_type.url}) "
-        f"at {path}, or add --download, or start from random weights with --checkpoint none"
+        f"at {path}, {fetch}or start from random weights with --checkpoint none"
     )
 
 
