@@ -36,6 +36,12 @@ class ModelOptions:
     image_size: int = option(
         0, "side of the square that the model sees, pixels, a multiple of 16; 0: the model's own"
     )
+    normalisation: str = option(
+        "sam",
+        "how the weights want pixels: 'sam': SAM's mean and deviation (MobileSAM's and micro-sam's "
+        "weights too); 'unit': 0..1 (MedSAM's); 'gsam': those of published GSAM weights",
+        ("sam", "unit", "gsam"),
+    )
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def load_trained(path: str | Path, checkpoint: str = "") -> PromptedSam:
     base = base_file(metadata, checkpoint)
     model = build_model(
         options,
-        options_of(metadata, adapter.options),
+        adapter.without_start(options_of(metadata, adapter.options)),
         metadata["config"]["prompt"],
         base,
         metadata["config"]["seed"],

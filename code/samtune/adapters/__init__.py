@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from samtune.adapters.base import Adapter
-from samtune.adapters.options import DecoderOptions, SamAdapterOptions
+from samtune.adapters.options import DecoderOptions, GsamOptions, SamAdapterOptions
 from samtune.config import ModelOptions
 from samtune.errors import UserError
 
@@ -45,6 +45,26 @@ ADAPTERS: dict[str, Adapter] = {
             (r"^(pe_layer\..*)$", r"prompt_encoder.\1"),
         ),
     ),
+    "gsam": Adapter(
+        name="gsam",
+        summary="takes images of any size and aspect, with a CNN beside the image encoder",
+        options=GsamOptions,
+        module="samtune.adapters.gsam",
+        prompts=("box", "none"),
+        backbones=("vit",),
+        source="arXiv 2408.12406; usagisukisuki/G-SAM 31dfd1c",
+        renames=(  # the CNN lies in published files twice; its end, which nothing reads, once
+            (r"^image_encoder\.cnn_embed\.backbone\.(layer4|fc)\..*$", None),
+            (r"^(image_encoder\.cnn_embed\.)backbone\.layer1(\..*)$", r"\1res2\2"),
+            (r"^(image_encoder\.cnn_embed\.)backbone\.layer2(\..*)$", r"\1res3\2"),
+            (r"^(image_encoder\.cnn_embed\.)backbone\.layer3(\..*)$", r"\1res4\2"),
+            (r"^(image_encoder\.cnn_embed\.)backbone\.(.*)$", r"\1\2"),
+        ),
+        image_size=256,
+        stride=8,
+        any_size=True,
+        start_options=("cnn_weights",),
+    ),
 }
 
 
@@ -67,7 +87,11 @@ def build_model(
         raise UserError(f"--adapter {options.adapter}: choose from {', '.join(ADAPTERS)}")
     adapter = ADAPTERS[options.adapter]
     adapter.check(options, prompt)
-    sam, report = _frozen_base(options, checkpoint, seed)
+    base = replace(options, image_size=0) if adapter.any_size else options
+    sam, report = _frozen_base(base, checkpoint, seed, adapter.stride)
+    if adapter.any_size and options.image_size:
+        sam.image_encoder.img_size = options.image_size
+        sam.prompt_encoder.input_image_size = (options.image_size, options.image_size)
     with seeded(seed + 1):
         model = adapter.build(sam, adapter_options)
     if options.train == "all" or (options.train == "auto" and checkpoint is None):
@@ -77,7 +101,9 @@ def build_model(
 
 
 def build_untuned(options: ModelOptions, checkpoint: Path | None, seed: int) -> PromptedSam:
-    """Stock SAM, all frozen: what `build_model` starts from with the same arguments."""
+    """Stock SAM in the adapter's frame, all frozen: what `build_model` with the same arguments
+    starts from, but that patches lie side by side.
+    """
     from samtune.models.segmenter import PromptedSam
 
     sam, report = _frozen_base(options, checkpoint, seed)
@@ -85,23 +111,32 @@ def build_untuned(options: ModelOptions, checkpoint: Path | None, seed: int) -> 
 
 
 def _frozen_base(
-    options: ModelOptions, checkpoint: Path | None, seed: int
+    options: ModelOptions, checkpoint: Path | None, seed: int, stride: int = 0
 ) -> tuple[Sam, LoadReport | None]:
     from samtune.adapters.layers import seeded
     from samtune.models.sam import build_sam
     from samtune.models.weights import load_base
 
+    image_size = options.image_size or ADAPTERS[options.adapter].image_size
     with seeded(seed):
-        sam = build_sam(options.model_type, options.image_size)
+        sam = build_sam(options.model_type, image_size, stride, options.normalisation)
     report = load_base(sam, checkpoint) if checkpoint else None
     return sam.requires_grad_(False), report
 
 
 def _account(model: PromptedSam, report: LoadReport | None) -> PromptedSam:
-    """Note which tensors the base checkpoint brought, and which are the adapter's own."""
+    """Note which tensors the base checkpoint brought, and which are the adapter's own.
+
+    What the adapter left out of SAM counts as unused.
+    """
     if report is not None:
-        base = {*report.loaded, *report.resized}
-        new = tuple(name for name in model.state_dict() if name not in base)
-        model.load_report = replace(report, new=new)
-        model.base_keys = frozenset(base) - model.own_keys
+        base, names = {*report.loaded, *report.resized}, model.state_dict().keys()
+        model.load_report = replace(
+            report,
+            loaded=tuple(name for name in report.loaded if name in names),
+            resized=tuple(name for name in report.resized if name in names),
+            new=tuple(name for name in names if name not in base and name not in report.reset),
+            unused=report.unused + tuple(sorted(base - names)),
+        )
+        model.base_keys = frozenset(base & names) - model.own_keys
     return model

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from samtune.models.attention import in_windows
+from samtune.models.mask_decoder import masks_read
 from samtune.models.sam import ImageEncoderViT, Sam
 from samtune.models.segmenter import PromptedSam
 
@@ -23,13 +25,14 @@ def seeded(seed: int) -> Iterator[None]:
 def thaw_decoder(sam: Sam | PromptedSam) -> None:
     """Let the mask decoder train, but for the heads that no loss reads.
 
-    These are the IoU head and the hyper-networks of the mask tokens beside the first. Without a
+    These are the IoU head and the hyper-networks of masks that are not the answer. Without a
     gradient they would make distributed training fail, and with a zero one only decay.
     """
     decoder = sam.mask_decoder
     decoder.requires_grad_(True)
     decoder.iou_prediction_head.requires_grad_(False)
-    decoder.output_hypernetworks_mlps[1:].requires_grad_(False)
+    decoder.output_hypernetworks_mlps.requires_grad_(False)
+    decoder.output_hypernetworks_mlps[masks_read(decoder)].requires_grad_(True)
 
 
 class AdaptedEncoder(nn.Module):
@@ -54,6 +57,29 @@ class AdaptedEncoder(nn.Module):
     def patch_size(self) -> int:
         """Side of a patch, pixels."""
         return self.patch_embed.proj.kernel_size[0]
+
+    @property
+    def stride(self) -> int:
+        """From one patch to the next, pixels."""
+        return self.patch_embed.proj.stride[0]
+
+
+class AdaptedBlock(nn.Module):
+    """A base for blocks that write the forward of SAM's anew; the stock parts keep their names."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.norm1, self.attn = block.norm1, block.attn
+        self.norm2, self.mlp = block.norm2, block.mlp
+        self.window_size = block.window_size
+
+    @property
+    def embed_dim(self) -> int:
+        return self.norm2.normalized_shape[0]
+
+    def attend(self, x: Tensor) -> Tensor:
+        """The first half of the stock forward: (B, h, w, C) -> the same."""
+        return x + in_windows(self.attn, self.norm1(x), self.window_size)
 
 
 def high_pass(image: Tensor, rate: float = 0.25) -> Tensor:

@@ -39,3 +39,20 @@ class SamAdapterOptions:
                 raise UserError(f"--{f.name} means nothing with --variant {self.variant}")
         if min(self.tune_out, self.hidden_dim) < 1:
             raise UserError("--tune_out and --hidden_dim must be at least 1")
+
+
+@dataclass(frozen=True)
+class GsamOptions:
+    """Adapter gsam"""
+
+    resnet_depth: int = option(101, "depth of the CNN, a ResNet; published: 101", (18, 50, 101))
+    cnn_weights: str = option(
+        "none",
+        "file with torchvision's ImageNet weights (IMAGENET1K_V1) of that ResNet, as published; "
+        "'none': start it from random weights. Nothing is fetched",
+    )
+    freeze_peg: bool = option(
+        False,
+        "leave the encoder's position convolution at its random start, as published; also for "
+        "published checkpoints",
+    )
