@@ -64,7 +64,7 @@ def run(config: TrainConfig, resumed: RunFolder | None, process: Process) -> Tra
             _check(name, pairs, config, model.image_size, process, logbook)
             for name, pairs in (("training", train_pairs), ("validation", val_pairs))
         )
-        _introduce(config, model, len(train_pairs), len(val_pairs), process, logbook)
+        _introduce(config, model, len(train_pairs), len(val_pairs), process, folder, logbook)
         result = _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state)
         logbook.curves()
         early = " (stopped early: no better epoch since)" if result.stopped_early else ""
@@ -166,17 +166,22 @@ def _check(name, pairs, config, image_size, process, logbook) -> list[Pair]:
     return usable(name, pairs, report, config.prompts, logbook)
 
 
-def _introduce(config, model, training: int, validation: int, process, logbook) -> None:
-    """Say what is about to happen."""
-    logbook.say(parameter_summary(model))
+def _introduce(config, model, training: int, validation: int, process, folder, logbook) -> None:
+    """Say what is about to happen; the table of the model's parts goes into a file."""
+    summary = parameter_summary(model)
+    if process.is_main:
+        folder.model.write_text(summary + "\n")
+    weights = "random, so image encoder and mask decoder train too (--train auto)"
     if model.load_report:
-        logbook.say(f"weights: {model.load_report.summary()}")
-    else:
-        logbook.say("weights: random; image encoder and mask decoder train too (--train)")
+        weights = model.load_report.summary()
+    sample = " (the sample set)" if config.data.train_image_dir.startswith(str(SAMPLE_SET)) else ""
     logbook.say(
-        f"{config.model.adapter} on {config.model.model_type} at {model.image_size} px; "
-        f"{training} training and {validation} validation images; {process.world} process(es) on "
-        f"{process.device.type}; prompt: {config.prompts.prompt}; run: {config.run.output_dir}"
+        f"model: {config.model.adapter} on {config.model.model_type} at {model.image_size} px, "
+        f"prompt: {config.prompts.prompt}\n"
+        f"weights: {weights}\n{summary.splitlines()[-1]}\n"
+        f"data: {training} training images in {config.data.train_image_dir}{sample}, "
+        f"{validation} for validation\n"
+        f"run: {config.run.output_dir}, {process.world} process(es) on {process.device.type}"
     )
 
 
