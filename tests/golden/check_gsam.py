@@ -5,7 +5,6 @@ In all but one of them the CNN's features are given instead of computed.
 
 from __future__ import annotations
 
-import torch
 from check_multiclass import check_gradients, check_trained, classes_of, decoder_sizes
 from fixture import Fixture, close
 from torch import Tensor, nn
@@ -48,12 +47,12 @@ def check_part(fixture: Fixture, module: nn.Module, run, tolerance: float = OUTP
 
 def vit_of(config: dict, **sizes) -> ModelType:
     """The image encoder that a config describes."""
-    values = dict(
+    return ModelType(
         embed_dim=config["embed_dim"], depth=config["depth"], num_heads=config["num_heads"],
         window_size=config["window_size"], global_blocks=tuple(config["global_attn_indexes"]),
         prompt_embed_dim=config["out_chans"], mlp_ratio=config["mlp_ratio"], patch_size=PATCH,
+        **sizes,
     )  # fmt: skip
-    return ModelType(**values | sizes)
 
 
 def one_block(dim: int, num_heads: int, window_size: int, rows: int) -> nn.Module:

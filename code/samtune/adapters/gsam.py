@@ -4,8 +4,9 @@ Paper: "Generalized SAM: Efficient Fine-Tuning of SAM for Variable Input Image S
 arXiv 2408.12406. Source: usagisukisuki/G-SAM 31dfd1c. Tensors carry the published names, the CNN's
 those of the shorter of its two published spellings.
 
-Published weights want --normalisation gsam and --freeze_peg. Two position convolutions take the place of SAM's position tables: one after the first block, one
+Two position convolutions take the place of SAM's position tables: one after the first block, one
 over the features that the decoder reads. Nothing starts at zero, so training begins far from SAM.
+Published weights want --normalisation gsam.
 
 Deviations: the encoder's position convolution trains (published: frozen at random values by a slip,
 see --freeze_peg); the CNN's last stage and classifier, which nothing reads, are not built; decoder
