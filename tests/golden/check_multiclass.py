@@ -150,7 +150,7 @@ def check_weight_adaptation(fixture: Fixture) -> None:
         embed_dim=config["dim"], depth=max(blocks) + 1,
         num_heads=config["dim"] // config["head_dim"],
         global_blocks=tuple(index for index, rows in blocks.items() if rows == source),
-        window_size=next((rows + 1) // 2 for rows in blocks.values() if rows != source),
+        window_size=next(((rows + 1) // 2 for rows in blocks.values() if rows != source), 14),
         image_size=config["src_grid"] * 16, prompt_embed_dim=16, decoder_mlp_dim=16,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
