@@ -14,6 +14,7 @@ from samtune.adapters.base import Adapter
 from samtune.adapters.options import (
     AdaptFormerOptions,
     DecoderOptions,
+    GsamOptions,
     SamAdapterOptions,
     SamusOptions,
     TsSamOptions,
@@ -84,6 +85,26 @@ ADAPTERS: dict[str, Adapter] = {
         image_size=256,
         stride=8,
     ),
+    "gsam": Adapter(
+        name="gsam",
+        summary="takes images of any size and aspect, with a CNN beside the image encoder",
+        options=GsamOptions,
+        module="samtune.adapters.gsam",
+        prompts=("box", "none"),
+        backbones=("vit",),
+        source="arXiv 2408.12406; usagisukisuki/G-SAM 31dfd1c",
+        renames=(  # the CNN lies in published files twice; its end, which nothing reads, once
+            (r"^image_encoder\.cnn_embed\.backbone\.(layer4|fc)\..*$", None),
+            (r"^(image_encoder\.cnn_embed\.)backbone\.layer1(\..*)$", r"\1res2\2"),
+            (r"^(image_encoder\.cnn_embed\.)backbone\.layer2(\..*)$", r"\1res3\2"),
+            (r"^(image_encoder\.cnn_embed\.)backbone\.layer3(\..*)$", r"\1res4\2"),
+            (r"^(image_encoder\.cnn_embed\.)backbone\.(.*)$", r"\1\2"),
+        ),
+        image_size=256,
+        stride=8,
+        any_size=True,
+        start_options=("cnn_weights",),
+    ),
 }
 
 
@@ -106,7 +127,11 @@ def build_model(
         raise UserError(f"--adapter {options.adapter}: choose from {', '.join(ADAPTERS)}")
     adapter = ADAPTERS[options.adapter]
     adapter.check(options, prompt)
-    sam, report = _frozen_base(options, checkpoint, seed, adapter.stride)
+    base = replace(options, image_size=0) if adapter.any_size else options
+    sam, report = _frozen_base(base, checkpoint, seed, adapter.stride)
+    if adapter.any_size and options.image_size:
+        sam.image_encoder.img_size = options.image_size
+        sam.prompt_encoder.input_image_size = (options.image_size, options.image_size)
     with seeded(seed + 1):
         model = adapter.build(sam, adapter_options)
     if options.train == "all" or (options.train == "auto" and checkpoint is None):
@@ -155,7 +180,7 @@ def _account(model: PromptedSam, report: LoadReport | None) -> PromptedSam:
             report,
             loaded=tuple(name for name in report.loaded if name in names),
             resized=tuple(name for name in report.resized if name in names),
-            new=tuple(name for name in names if name not in base),
+            new=tuple(name for name in names if name not in base and name not in report.reset),
             unused=report.unused + tuple(sorted(base - names)),
         )
         model.base_keys = frozenset(base & names) - model.own_keys

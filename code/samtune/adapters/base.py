@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from samtune.config import ModelOptions
@@ -26,7 +26,10 @@ class Adapter:
     renames: (regular expression, replacement) pairs from published names of tensors to ours, each
     to be matched against a whole name; a replacement of None drops the tensor. image_size: side of
     the frame, pixels, where --image_size does not say it; 0: the model type's own. stride: pixels
-    between patches that overlap, 0: side by side; see `build_image_encoder`.
+    between patches that overlap, 0: side by side; see `build_image_encoder`. any_size: the frame
+    may have any size and aspect from one patch upwards; the base is made for `image_size` then,
+    whatever the frame. start_options: options that only say with which values training starts; a
+    model that is loaded is built without them.
 
     The module's `build(sam, options) -> PromptedSam` gets a stock Sam, all of it frozen and with
     its base weights in place, and may alter any part of it. What it makes trains because it is new;
@@ -46,6 +49,8 @@ class Adapter:
     image_size: int = 0
     stride: int = 0
     needs: str = ""
+    any_size: bool = False
+    start_options: tuple[str, ...] = ()
 
     def check(self, model: ModelOptions, prompt: str) -> None:
         """Refuse an impossible combination before any weight is read, with a UserError."""
@@ -65,6 +70,15 @@ class Adapter:
                 f"--adapter {self.name} does not fit --model_type {model.model_type}{needs}; it "
                 f"fits {', '.join(fitting)}"
             )
+
+        smallest = MODEL_TYPES[model.model_type].patch_size
+        if self.any_size and model.image_size != 0 and model.image_size < smallest:
+            raise UserError(f"--image_size {model.image_size}: it must be at least {smallest}")
+
+    def without_start(self, options):
+        """The adapter's options for a model whose tensors are about to be loaded."""
+        starting = [f for f in fields(options) if f.name in self.start_options]
+        return replace(options, **{f.name: f.default for f in starting})
 
     def build(self, sam: Sam, options) -> PromptedSam:
         """Adapt a frozen Sam in place."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from samtune.models.attention import in_windows
+from samtune.models.mask_decoder import ClassDecoder, masks_read
 from samtune.models.sam import ImageEncoderViT, MaskDecoder, Sam
 from samtune.models.segmenter import PromptedSam
 
@@ -24,16 +25,17 @@ def seeded(seed: int) -> Iterator[None]:
 def thaw_decoder(sam: Sam | PromptedSam) -> None:
     """Let the mask decoder train, but for the heads that no loss reads.
 
-    These are the IoU head and the hyper-networks of the mask tokens beside the first. Without a
+    These are the IoU head and the hyper-networks of masks that are not the answer. Without a
     gradient they would make distributed training fail, and with a zero one only decay. A decoder
     that an adapter brought has no such heads.
     """
     decoder = sam.mask_decoder
     decoder.requires_grad_(True)
-    if not isinstance(decoder, MaskDecoder):
+    if not isinstance(decoder, MaskDecoder | ClassDecoder):
         return
     decoder.iou_prediction_head.requires_grad_(False)
-    decoder.output_hypernetworks_mlps[1:].requires_grad_(False)
+    decoder.output_hypernetworks_mlps.requires_grad_(False)
+    decoder.output_hypernetworks_mlps[masks_read(decoder)].requires_grad_(True)
 
 
 class AdaptedEncoder(nn.Module):

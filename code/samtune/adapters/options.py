@@ -131,3 +131,20 @@ class TsSamOptions:
                 raise UserError(f"--{name} {text}: write it like 0,2,5-7, or 'auto' or 'none'")
         if self.scale_factor < 0:
             raise UserError("--scale_factor must be at least 1, or 0")
+
+
+@dataclass(frozen=True)
+class GsamOptions:
+    """Adapter gsam"""
+
+    resnet_depth: int = option(101, "depth of the CNN, a ResNet; published: 101", (18, 50, 101))
+    cnn_weights: str = option(
+        "none",
+        "file with torchvision's ImageNet weights (IMAGENET1K_V1) of that ResNet, as published; "
+        "'none': start it from random weights. Nothing is fetched",
+    )
+    freeze_peg: bool = option(
+        False,
+        "leave the encoder's position convolution at its random start, as published; also for "
+        "published checkpoints",
+    )

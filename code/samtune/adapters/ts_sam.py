@@ -85,8 +85,13 @@ class TwoStreamSam(PromptedSam):
         del self.prompt_encoder
         self.mask_decoder = FusionDecoder(self.image_encoder.neck[0].out_channels)
 
-    def decode(self, features: Pyramid, prompts: Prompts = NO_PROMPT) -> Prediction:
-        """Features of B images -> logits (R, 1, 4h, 4w)."""
+    def decode(
+        self,
+        features: Pyramid,
+        prompts: Prompts = NO_PROMPT,
+        frame_size: tuple[int, int] | None = None,
+    ) -> Prediction:
+        """Features of B images -> logits (R, 1, 4h, 4w). frame_size: means nothing without prompts."""
         if prompts.image_index is not None:
             features = Pyramid(*(feature[prompts.image_index] for feature in features))
         return Prediction(self.mask_decoder(features))

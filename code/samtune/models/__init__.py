@@ -9,10 +9,12 @@ _OFFICIAL = "https://dl.fbaipublicfiles.com/segment_anything/"
 
 
 # What becomes of a pixel of 0..255: (mean, deviation) per channel, by the name of --normalisation.
-# It belongs to the weights: those of SAM, and those that were trained on 0..1 (MedSAM).
+# It belongs to the weights: those of SAM, those that were trained on 0..1 (MedSAM), and those of
+# usagisukisuki/G-SAM 31dfd1c.
 NORMALISATIONS = {
     "sam": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
     "unit": ((0.0, 0.0, 0.0), (255.0, 255.0, 255.0)),
+    "gsam": ((118.83, 120.105, 96.9), (49.725, 49.47, 48.96)),
 }
 
 

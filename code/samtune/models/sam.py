@@ -68,9 +68,10 @@ def build_image_encoder(model_type: ModelType, image_size: int, stride: int = 0)
     """(B, 3, S, S) normalised image -> (B, prompt_embed_dim, S / patch, S / patch) features.
 
     SAM's own ImageEncoderViT, or a TinyViTEncoder, which has no stride, where that is the type's
-    backbone. stride: pixels between patches that overlap; 0 for patches side by side. With a stride the grid
-    is S / stride, relative positions are made for it, and absolute ones keep the type's own grid:
-    an adapter that asks for this brings both image and absolute positions to the grid itself.
+    backbone. stride: pixels between patches that overlap; 0 for patches side by side. With a stride
+    the grid is S / stride, relative positions are made for it, and absolute ones keep the type's
+    own grid: an adapter that asks for this brings both image and absolute positions to the grid
+    itself.
     """
     if model_type.backbone == "tiny_vit":
         from samtune.models.tiny_vit import build_tiny_vit  # it takes timm, which nobody else does

@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from samtune.config import ModelOptions
 from samtune.errors import UserError
 from samtune.models import MODEL_TYPES, ModelType
+from samtune.models.mask_decoder import ClassDecoder
 from samtune.models.positions import resize_pos_embed, resize_rel_pos
 from samtune.models.sam import resolve_model_type
 from samtune.tensor_files import CHUNK, read_state_dict
@@ -28,13 +29,15 @@ class LoadReport:
     """What became of each tensor, by name.
 
     loaded: taken as it is. resized: position tables brought to this image size. new: of the model
-    alone (an adapter's). unused: of the file alone.
+    alone (an adapter's). unused: of the file alone. reset: of both, but started anew, as the file's
+    answers another question (the tokens of a decoder for K classes).
     """
 
     loaded: tuple[str, ...]
     resized: tuple[str, ...] = ()
     new: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    reset: tuple[str, ...] = ()
 
     def summary(self) -> str:
         """One line for the log."""
@@ -42,6 +45,8 @@ class LoadReport:
             f"{len(self.loaded)} tensors loaded, {len(self.resized)} resized, "
             f"{len(self.new)} new, {len(self.unused)} unused"
         )
+        if self.reset:
+            text = f"{len(self.reset)} started anew for the classes, {text}"
         more = " ..." if len(self.unused) > 3 else ""
         return text + (f" ({', '.join(self.unused[:3])}{more})" if self.unused else "")
 
@@ -88,6 +93,26 @@ def load_base(sam: Sam, path: str | Path) -> LoadReport:
     sam.load_state_dict({name: given[name] for name in wanted})
     loaded = tuple(name for name in wanted if name not in resized)
     return LoadReport(loaded, tuple(resized), unused=unused)
+
+
+def give_classes(
+    sam: Sam, num_classes: int, layout: str, report: LoadReport | None
+) -> LoadReport | None:
+    """Let a Sam answer with one mask per class, keeping what its decoder has in common with that.
+
+    num_classes, layout: see `ClassDecoder`. report: of `load_base`, None for random weights.
+    Returns it with the tensors that were left out as unused and those that started anew as reset.
+    The caller seeds torch. What is new trains; the caller freezes it if it should not.
+    """
+    before = sam.state_dict(keep_vars=True)
+    sam.mask_decoder = ClassDecoder(sam.mask_decoder, num_classes, layout)
+    after = sam.state_dict(keep_vars=True)
+    if report is None:
+        return None
+    gone = tuple(name for name in report.loaded if name not in after)
+    reset = tuple(n for n in report.loaded if n in after and after[n] is not before[n])
+    loaded = tuple(name for name in report.loaded if name not in {*gone, *reset})
+    return replace(report, loaded=loaded, unused=report.unused + gone, reset=reset)
 
 
 def _resize_positions(sam: Sam, given: dict, wanted: dict) -> list[str]:
