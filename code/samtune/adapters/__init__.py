@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from samtune.adapters.base import Adapter
-from samtune.adapters.options import DecoderOptions, SamAdapterOptions
+from samtune.adapters.options import (
+    ConvLoraOptions,
+    DecoderOptions,
+    LoraOptions,
+    SamAdapterOptions,
+)
+from samtune.adapters.published import samed_renames
 from samtune.config import ModelOptions
 from samtune.errors import UserError
 
@@ -43,6 +49,36 @@ ADAPTERS: dict[str, Adapter] = {
             (r"^image_encoder\.task_adapter_blocks\.\d+\.up_projection\..*$", None),  # aliases
             (r"^(no_mask_embed\..*)$", r"prompt_encoder.\1"),
             (r"^(pe_layer\..*)$", r"prompt_encoder.\1"),
+        ),
+    ),
+    "lora": Adapter(
+        name="lora",
+        summary="adds low-rank terms to q and v of every attention in the image encoder",
+        options=LoraOptions,
+        module="samtune.adapters.lora",
+        prompts=("box", "none"),
+        backbones=("vit",),
+        source="arXiv 2106.09685; hitachinsk/SAMed e351840 (samed), "
+        "usagisukisuki/G-SAM 31dfd1c (gsam)",
+        mergeable=True,
+        renames=(
+            (r"^(image_encoder\.blocks\.\d+)\.(lora_[qkv]\..*)$", r"\1.attn.qkv.\2"),
+            (r"^(.*\.attn\.qkv)\.qkv\.(weight|bias)$", r"\1.\2"),
+            *samed_renames(),
+        ),
+    ),
+    "conv_lora": Adapter(
+        name="conv_lora",
+        summary="adds a low-rank term with a mixture of convolutions to q, k and v of every block",
+        options=ConvLoraOptions,
+        module="samtune.adapters.conv_lora",
+        prompts=("box", "none"),
+        backbones=("vit",),
+        source="arXiv 2401.17868; autogluon/autogluon f34ebb4f6 (original), "
+        "usagisukisuki/G-SAM 31dfd1c (gsam)",
+        renames=(
+            (r"^(image_encoder\.blocks\.\d+)\.(lora_[qkv]\..*)$", r"\1.attn.qkv.\2"),
+            (r"^.*\.lora_moe_gating\.(mean|std)$", None),  # of the normal distribution: 0 and 1
         ),
     ),
 }

@@ -11,6 +11,8 @@ from samtune.errors import UserError
 from samtune.models import MODEL_TYPES
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from samtune.models.sam import Sam
     from samtune.models.segmenter import PromptedSam
 
@@ -23,7 +25,8 @@ class Adapter:
     flags. module: where it is built, imported only then. prompts: values of --prompt that it takes.
     backbones: families of image encoders that it fits. source: paper, repository and commit.
     renames: (regular expression, replacement) pairs from published names of tensors to ours, each
-    to be matched against a whole name; a replacement of None drops the tensor.
+    to be matched against a whole name; a replacement of None drops the tensor. mergeable: the
+    module's `merge(model)` folds what was tuned into the state dict of a stock Sam.
 
     The module's `build(sam, options) -> PromptedSam` gets a stock Sam, all of it frozen and with
     its base weights in place, and may alter any part of it. What it makes trains because it is new;
@@ -40,6 +43,7 @@ class Adapter:
     backbones: tuple[str, ...]
     source: str
     renames: tuple[tuple[str, str | None], ...] = ()
+    mergeable: bool = False
 
     def check(self, model: ModelOptions, prompt: str) -> None:
         """Refuse an impossible combination before any weight is read, with a UserError."""
@@ -62,3 +66,9 @@ class Adapter:
     def build(self, sam: Sam, options) -> PromptedSam:
         """Adapt a frozen Sam in place."""
         return importlib.import_module(self.module).build(sam, options)
+
+    def merge(self, model: PromptedSam) -> dict[str, Tensor]:
+        """A stock Sam's state dict with the model's outputs. Raises UserError if there is none."""
+        if not self.mergeable:
+            raise UserError(f"--adapter {self.name} cannot be merged into SAM's own weights")
+        return importlib.import_module(self.module).merge(model)
