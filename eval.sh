@@ -12,5 +12,5 @@ BATCH_SIZE="${BATCH_SIZE:-4}"                      # per process
 
 source "$(dirname "$0")/setup.sh"
 exec "$PYTHON" code/torchrun.py --standalone --nproc_per_node "$NGPU" code/run_sa.py evaluate \
-    --run "$RUN" --test_image_dir "$TEST_IMAGE_DIR" --test_mask_dir "$TEST_MASK_DIR" \
+    --run_dir "$RUN" --test_image_dir "$TEST_IMAGE_DIR" --test_mask_dir "$TEST_MASK_DIR" \
     --batch_size "$BATCH_SIZE" "$@"

@@ -6,6 +6,7 @@ verb and runs it. A user's mistake ends here as one line on rank 0, without a tr
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -30,6 +31,10 @@ VERBS = {
     "evaluate": "score a trained run, beside the untuned SAM",
     "benchmark": "time training steps on random data; the last line is JSON",
 }
+NEXT_STEPS = """
+That was the sample set. For your own images: edit the variables at the top of run.sh (MODEL_TYPE,
+CHECKPOINT, TRAIN_IMAGE_DIR, TRAIN_MASK_DIR, ...) and launch it again; ./eval.sh scores the newest
+run. README.md says more."""
 CHOICES = {"model_type": tuple(MODEL_TYPES), "adapter": tuple(ADAPTERS)}
 
 
@@ -50,6 +55,11 @@ def main(argv: list[str]) -> int:
     # Ranks that had met agreed who speaks; before that all found the same, and rank 0 says it.
     if processes.speaks if processes.met else os.environ.get("RANK", "0") == "0":
         print(said.rstrip(), file=sys.stderr, flush=True)
+    if processes.met:
+        # The other ranks are leaving as well. An orderly end would wait for their half-closed
+        # connections, or be aborted by them.
+        sys.stdout.flush()
+        os._exit(code)
     return code
 
 
@@ -64,8 +74,10 @@ def train(argv: list[str]) -> None:
         if done.test.test_image_dir:
             from samtune.evaluate import run as score
 
-            scored = c.EvaluateOptions(run=done.run.output_dir)
+            scored = c.EvaluateOptions(run_dir=done.run.output_dir)
             score(c.EvaluateConfig(scored, done.test, done.read, done.loader, {}), process)
+        if process.is_main and not config.data.train_image_dir:
+            print(NEXT_STEPS, flush=True)
 
 
 def evaluate(argv: list[str]) -> None:
@@ -102,13 +114,15 @@ class Processes:
 
         process = distributed.start(timeout)
         self.met = True
+        if process.is_main:
+            logging.basicConfig(stream=sys.stdout, format="%(message)s")
+            logging.getLogger("samtune").setLevel(logging.INFO)
         try:
             yield process
         except Exception:
             self.speaks = distributed.first_to_fail()
             raise
-        finally:
-            distributed.shutdown()
+        distributed.shutdown()
 
 
 processes = Processes()

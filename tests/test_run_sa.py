@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -101,7 +102,7 @@ def test_a_folder_with_a_run_is_not_overwritten(house, sample_run):
     "flags, said",
     [
         (["--learning_rate", "1"], "unknown option --learning_rate"),
-        (["--train_image_dir", "nowhere", "--train_mask_dir", "nowhere"], "nowhere"),
+        (["--train_image_dir", "a", "--train_mask_dir", "b", "--val_slice", "1:"], "image_dir a"),
         (["--image_size", "100"], "--image_size 100"),
         (["--model_type", "vit_b"], "sam_vit_b_01ec64.pth"),
         (["--tune_out", "8", "--adapter", "decoder"], "belongs to --adapter sam_adapter"),
@@ -110,6 +111,21 @@ def test_a_folder_with_a_run_is_not_overwritten(house, sample_run):
 def test_a_mistake_is_said_once_without_traceback(house, flags, said):
     text = launch(house, "run.sh", *flags, code=2, NGPU="2")
     assert text.count("error: ") == 1 and said in text, text
+
+
+def test_no_flag_is_an_abbreviation_of_torchruns():
+    """torchrun would take `--run` for one of `--run-path` and `--run_path`, and refuse both."""
+    from torch.distributed.run import get_args_parser
+
+    from samtune import config
+
+    theirs = [o for action in get_args_parser()._actions for o in action.option_strings]
+    groups = [g for g in vars(config).values() if is_dataclass(g)]
+    ours = {f"--{f.name}" for g in groups for f in fields(g) if f.metadata} | {"--config"}
+    assert len(ours) > 50
+    for flag in sorted(ours):
+        longer = [option for option in theirs if option.startswith(flag) and option != flag]
+        assert len(longer) < 2, f"{flag} is ambiguous to torchrun: {longer}"
 
 
 def test_help_is_quick_and_complete(house):

@@ -190,7 +190,7 @@ class LogOptions:
 class EvaluateOptions:
     """What is scored"""
 
-    run: str = option("", "run folder or best.safetensors; empty: the newest run in checkpoints/")
+    run_dir: str = option("", "the run's folder, or its file; empty: the newest in checkpoints/")
     checkpoint: str = option("", "SAM's weights, if they moved since training")
     output_dir: str = option("", "where scores go; empty: the run's folder")
     save_predictions: bool = option(False, "write the predicted masks and overlays as PNG")

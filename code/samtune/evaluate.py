@@ -50,7 +50,7 @@ def run(config: EvaluateConfig, process: Process) -> dict:
     """
     wanted = config.evaluate
     with distributed.together():
-        file = trained_file(wanted.run or newest().path)
+        file = trained_file(wanted.run_dir or newest().path)
         metadata = read_metadata(file)
         test, read, prompts = _inherit(config, metadata)
         folder = RunFolder(wanted.output_dir or file.parent)
@@ -103,8 +103,7 @@ def run(config: EvaluateConfig, process: Process) -> dict:
         folder.scores.write_text(json.dumps(scores, indent=2) + "\n")
         _write_table(folder.table, results)
         logbook.say(_format(results, scores))
-        logbook.say(f"scores: {folder.scores}   per image: {folder.table}   "
-                    f"pictures: {folder.examples}")  # fmt: skip
+        logbook.say(f"written: {folder.scores}, {folder.table}, {folder.examples}")
     return scores
 
 
@@ -199,4 +198,6 @@ def _format(results: dict[str, Evaluation], scores: dict) -> str:
         lines.append(f"{label.replace('_', '-'):12}" + "".join(
             f"{'-':>10}" if value is None else f"{value:10.5f}" for value in cells
         ))  # fmt: skip
+    if not scores["base_sha256"] and "zero_shot" in results:
+        lines.append("zero-shot: the same SAM before training, from random weights")
     return "\n".join(lines)

@@ -1,6 +1,7 @@
 """The folder of a run: what lies in it, which one is newest, which one goes on.
 
 config.yaml         every option; `--config` reads it back
+model.txt           the model's parts, what trains and what is frozen
 metrics.jsonl       a line per epoch
 curves.png          the same as a picture
 best.safetensors    what was trained, at the best validation score
@@ -25,6 +26,7 @@ class RunFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.config = self.path / "config.yaml"
+        self.model = self.path / "model.txt"
         self.metrics = self.path / "metrics.jsonl"
         self.curves = self.path / "curves.png"
         self.best = self.path / "best.safetensors"
@@ -36,8 +38,8 @@ class RunFolder:
         self.predictions = self.path / "predictions"
 
     def create(self) -> None:
-        """Make the folder. Raises UserError if it holds a run or cannot be written."""
-        if self.config.exists() or self.best.exists() or self.last.exists():
+        """Make the folder. Raises UserError if it holds a trained state or cannot be written."""
+        if self.best.exists() or self.last.exists():
             raise UserError(
                 f"--output_dir {self.path} already holds a run: choose another folder, or go on "
                 f"with it by --resume {self.path}"
@@ -82,5 +84,5 @@ def newest() -> RunFolder:
     runs = sorted(ROOT.glob("*/best.safetensors"), key=lambda path: path.stat().st_mtime)
     if not runs:
         raise UserError("there is no run under checkpoints/ yet: train one with ./run.sh, or name "
-                        "one with --run FOLDER")  # fmt: skip
+                        "one with --run_dir FOLDER")  # fmt: skip
     return RunFolder(runs[-1].parent)

@@ -49,22 +49,22 @@ def run(config: TrainConfig, resumed: RunFolder | None, process: Process) -> Tra
         model, metadata = _build(config)
         train_pairs, val_pairs = _find(config)
     folder = RunFolder(config.run.output_dir)
-    with distributed.together():
-        if process.is_main:
-            _open(folder, config, resumed)
     saved = Checkpoints(folder, metadata, config.run.save_pth)
     with distributed.together():
+        if process.is_main and not resumed:
+            folder.create()
         state = saved.load_last() if resumed else None
-    logbook = Logbook(
-        folder.path, process, config.log, flags.dump(_groups(config)),
-        keep_before_epoch=state["progress"]["epoch"] + 1 if state else 1,
-    )  # fmt: skip
+    train_pairs, val_pairs = (
+        _check(name, pairs, config, model.image_size, process)
+        for name, pairs in (("training", train_pairs), ("validation", val_pairs))
+    )
+    options = flags.dump(_groups(config))
+    if process.is_main:  # only now is it a run: a mistake above leaves nothing behind
+        folder.config.write_text(yaml.safe_dump(options, sort_keys=False))
+    first_epoch = state["progress"]["epoch"] + 1 if state else 1
+    logbook = Logbook(folder.path, process, config.log, options, keep_before_epoch=first_epoch)
     try:
-        train_pairs, val_pairs = (
-            _check(name, pairs, config, model.image_size, process, logbook)
-            for name, pairs in (("training", train_pairs), ("validation", val_pairs))
-        )
-        _introduce(config, model, len(train_pairs), len(val_pairs), process, logbook)
+        _introduce(config, model, len(train_pairs), len(val_pairs), process, folder, logbook)
         result = _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state)
         logbook.curves()
         early = " (stopped early: no better epoch since)" if result.stopped_early else ""
@@ -154,29 +154,29 @@ def _find(config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
     return train, val
 
 
-def _open(folder: RunFolder, config: TrainConfig, resumed: RunFolder | None) -> None:
-    if resumed is None:
-        folder.create()
-    folder.config.write_text(yaml.safe_dump(flags.dump(_groups(config)), sort_keys=False))
-
-
-def _check(name, pairs, config, image_size, process, logbook) -> list[Pair]:
+def _check(name, pairs, config, image_size, process) -> list[Pair]:
     """Read every file of a split once; drop what cannot be asked about."""
+    logbook = Logbook.console(process)
     report = check_pairs(name, pairs, config.read, image_size, process, logbook)
     return usable(name, pairs, report, config.prompts, logbook)
 
 
-def _introduce(config, model, training: int, validation: int, process, logbook) -> None:
-    """Say what is about to happen."""
-    logbook.say(parameter_summary(model))
+def _introduce(config, model, training: int, validation: int, process, folder, logbook) -> None:
+    """Say what is about to happen; the table of the model's parts goes into a file."""
+    summary = parameter_summary(model)
+    if process.is_main:
+        folder.model.write_text(summary + "\n")
+    weights = "random, so image encoder and mask decoder train too (--train auto)"
     if model.load_report:
-        logbook.say(f"weights: {model.load_report.summary()}")
-    else:
-        logbook.say("weights: random; image encoder and mask decoder train too (--train)")
+        weights = model.load_report.summary()
+    sample = " (the sample set)" if config.data.train_image_dir.startswith(str(SAMPLE_SET)) else ""
     logbook.say(
-        f"{config.model.adapter} on {config.model.model_type} at {model.image_size} px; "
-        f"{training} training and {validation} validation images; {process.world} process(es) on "
-        f"{process.device.type}; prompt: {config.prompts.prompt}; run: {config.run.output_dir}"
+        f"model: {config.model.adapter} on {config.model.model_type} at {model.image_size} px, "
+        f"prompt: {config.prompts.prompt}\n"
+        f"weights: {weights}\n{summary.splitlines()[-1]}\n"
+        f"data: {training} training images in {config.data.train_image_dir}{sample}, "
+        f"{validation} for validation\n"
+        f"run: {config.run.output_dir}, {process.world} process(es) on {process.device.type}"
     )
 
 

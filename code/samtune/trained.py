@@ -50,7 +50,7 @@ def trained_file(path: str | Path) -> Path:
     path = Path(path)
     path = path / "best.safetensors" if path.is_dir() else path
     if not path.is_file():
-        raise UserError(f"--run {path}: no such file")
+        raise UserError(f"--run_dir {path}: no such file")
     return path
 
 

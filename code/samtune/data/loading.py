@@ -7,7 +7,7 @@ server instead: a clean process that has imported the heavy packages once and st
 
 Signals. `torchrun` sends SIGTERM, and a terminal Ctrl-C, to the whole process group, so also to the
 loader processes; if those died, the step that the training process wants to finish before it saves
-would fail. They start with these signals blocked, and end when the training process does.
+would fail. They start with these signals blocked, and obey a SIGTERM of the training process only.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
@@ -129,6 +130,18 @@ def _stop_signals_blocked():
 
 def _start_worker(_: int) -> None:
     cv2.setNumThreads(0)  # torch sets its own to 1; more would compete with the other processes
+    threading.Thread(target=_end_when_told_by_parent, daemon=True).start()
+
+
+def _end_when_told_by_parent() -> None:
+    """End this process at a SIGTERM whose sender is the process that uses the loader.
+
+    That is how multiprocessing ends what is left over when a program exits; it then waits for it.
+    """
+    parent = multiprocessing.parent_process().pid
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _as_it_is(batch):

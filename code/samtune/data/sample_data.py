@@ -218,7 +218,7 @@ def _butterfly():
     wings = [
         _ellipse(side * x, y, w, h, side * angle)
         for side in (-1, 1)
-        for x, y, w, h, angle in ((0.46, -0.33, 0.5, 0.34, 40), (0.38, 0.33, 0.38, 0.3, -40))
+        for x, y, w, h, angle in ((0.48, -0.38, 0.52, 0.24, 42), (0.4, 0.38, 0.42, 0.2, -42))
     ]
     body = _ellipse(0, 0, 0.09, 0.6)
     spots = [_ellipse(side * 0.58, -0.42, 0.12, 0.12) for side in (-1, 1)]

@@ -1,0 +1,159 @@
+"""Items and batches."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from samtune.config import PromptOptions, ReadOptions
+from samtune.data.datasets import SampleKey, SegmentationDataset, collate
+from samtune.data.files import Pair
+from samtune.data.prompts import box_from_mask
+from samtune.data.transforms import fit_image, fit_mask
+from samtune.errors import UserError
+from samtune.structures import IGNORE
+
+READ, BOX, NONE = ReadOptions(), PromptOptions(), PromptOptions(prompt="none")
+SIZES = [(40, 60), (60, 40), (50, 50), (33, 90)]
+
+
+def save(folder, name, size, coding=255, empty=False):
+    rng = np.random.default_rng(len(name) + size[0])
+    mask = np.zeros(size, np.uint8)
+    if not empty:
+        mask[size[0] // 4 : size[0] // 2, 5 : size[1] - 8] = 1
+    Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{name}.bmp")
+    picture = Image.fromarray(mask * coding if coding in (1, 255) else mask)
+    if coding == "palette":
+        picture.putpalette([0, 0, 0, 128, 0, 0])
+    if coding == "1-bit":
+        picture = Image.fromarray(mask.astype(bool))
+    picture.save(folder / f"{name}.png")
+    return Pair(name, folder / f"{name}.bmp", folder / f"{name}.png")
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    return [save(tmp_path, str(i), size) for i, size in enumerate(SIZES)]
+
+
+def dataset_of(pairs, prompt=BOX, loss_resolution="original", **options):
+    return SegmentationDataset(pairs, READ, 64, prompt, loss_resolution, **options)
+
+
+def tensors(batch):
+    return (batch.image, batch.target, batch.prompts.boxes, batch.frames.valid_size, batch.weight)
+
+
+def test_mixed_sizes_share_a_batch(pairs):
+    """Pictures of different sizes must batch, and nothing outside of one may be trained."""
+    dataset = dataset_of(pairs)
+    batch = collate([dataset[SampleKey(0, i)] for i in range(4)])
+    assert batch.image.shape == (4, 3, 64, 64) and batch.image.dtype == torch.uint8
+    assert batch.image.is_contiguous()
+    assert batch.target.shape == (4, *batch.frames.canvas_size) == (4, 60, 90)
+    assert batch.frames.original_size.tolist() == [list(size) for size in SIZES]
+    assert batch.prompts.boxes.shape == (4, 4) and batch.prompts.boxes.dtype == torch.float32
+    assert batch.ids == ["0", "1", "2", "3"] and batch.paths[2].endswith("2.bmp")
+    for row, (height, width) in zip(batch.target, SIZES, strict=True):
+        assert set(row[:height, :width].unique().tolist()) == {0, 1}
+        assert (row[height:] == IGNORE).all() and (row[:, width:] == IGNORE).all()
+
+
+def test_an_item_is_what_its_files_say(pairs):
+    image = np.asarray(Image.open(pairs[0].image_path))
+    mask = np.asarray(Image.open(pairs[0].mask_path)) // 255
+    batch = collate([dataset_of(pairs)[SampleKey(0, 0)]])
+    padded, frame = fit_image(image, 64, "pad")
+    assert (batch.image[0].permute(1, 2, 0).numpy() == padded).all()
+    assert (batch.target[0].numpy() == mask).all()
+    corners = frame.scale_xy(np.reshape(box_from_mask(mask), (2, 2))).ravel()
+    assert batch.prompts.boxes[0].tolist() == np.float32(corners).tolist()
+    assert batch.weight.tolist() == [1.0]
+
+
+def test_targets_in_the_frame(pairs):
+    dataset = dataset_of(pairs, loss_resolution="frame")
+    batch = collate([dataset[SampleKey(0, i)] for i in (0, 1)])
+    assert batch.target.shape == (2, 64, 64)
+    item = dataset_of(pairs)[SampleKey(0, 1)]
+    assert (batch.target[1].numpy() == fit_mask(item.target, item.frame, 64)).all()
+
+
+def test_without_prompt_there_is_no_box(pairs):
+    batch = collate([dataset_of(pairs, NONE)[SampleKey(0, 0)]])
+    assert batch.prompts.boxes is None and batch.prompts.points is None
+
+
+def test_every_mask_coding_trains_alike(tmp_path):
+    """Masks of 0 and 1, of 0 and 255, with a palette or of one bit give one and the same batch."""
+    batches = []
+    for i, coding in enumerate((1, 255, "palette", "1-bit")):
+        (tmp_path / str(i)).mkdir()
+        pair = save(tmp_path / str(i), "a", (40, 60), coding)
+        dataset = dataset_of([pair], augment="standard", seed=3)
+        batches.append([collate([dataset[SampleKey(e, 0)]]) for e in range(6)])
+    for other in batches[1:]:
+        for one, another in zip(batches[0], other, strict=True):
+            assert all(map(torch.equal, tensors(one), tensors(another)))
+
+
+def test_turned_pictures_that_are_not_square_batch_for_many_epochs(pairs):
+    """A quarter turn swaps the sides of a picture, so every batch has mixed shapes."""
+    dataset = dataset_of(pairs, augment="standard", train=True)
+    turned = 0
+    for epoch in range(60):
+        batch = collate([dataset[SampleKey(epoch, i)] for i in range(4)])
+        sizes = batch.frames.original_size.tolist()
+        turned += sizes != [list(size) for size in SIZES]
+        for (height, width), target, box in zip(
+            sizes, batch.target, batch.prompts.boxes, strict=True
+        ):
+            foreground = (target[:height, :width] == 1).nonzero()
+            scale = 64 / max(height, width)
+            low, high = foreground.min(0).values, foreground.max(0).values
+            assert abs(box[:2].flip(0) - low * scale).max() < 1.5
+            assert abs(box[2:].flip(0) - high * scale).max() < 2 * scale + 1
+    assert turned > 3
+
+
+def test_the_worker_makes_image_and_box(pairs):
+    """Resizing and boxes belong to the loader: the batch is bytes and boxes, ready to copy."""
+    batch = collate([dataset_of(pairs)[SampleKey(0, i)] for i in range(2)])
+    assert batch.image.dtype == batch.target.dtype == torch.uint8
+    moved = batch.to(torch.device("meta"))
+    assert {tensor.device.type for tensor in tensors(moved)} == {"meta"}
+
+
+def test_jitter_is_for_training_and_follows_the_key(pairs):
+    prompt = PromptOptions(box_jitter=0.1)
+    train, val = dataset_of(pairs, prompt, train=True), dataset_of(pairs, prompt)
+    plain = dataset_of(pairs)[SampleKey(0, 0)].box
+    boxes = [train[SampleKey(epoch, 0)].box for epoch in range(4)]
+    assert (val[SampleKey(2, 0)].box == plain).all()
+    assert all((box != plain).any() for box in boxes) and len(set(map(tuple, boxes))) == 4
+    assert (train[SampleKey(2, 0)].box == boxes[2]).all()
+    other_seed = dataset_of(pairs, prompt, train=True, seed=1)
+    assert (other_seed[SampleKey(2, 0)].box != boxes[2]).any()
+
+
+def test_the_policy_for_images_without_object(tmp_path):
+    """No silent box of nothing: either the picture is left out, or the box is the whole picture."""
+    pair = save(tmp_path, "a", (40, 60), empty=True)
+    with pytest.raises(UserError, match=r"a\.png: has no object.*--empty_masks whole"):
+        dataset_of([pair])[SampleKey(0, 0)]
+    item = dataset_of([pair], PromptOptions(empty_masks="whole"))[SampleKey(0, 0)]
+    corners = item.frame.scale_xy([[0, 0], [59, 39]]).ravel()
+    assert item.box.tolist() == np.float32(corners).tolist()
+    assert dataset_of([pair], NONE)[SampleKey(0, 0)].box is None
+
+
+def test_fillers_carry_weight_zero(pairs):
+    batch = collate([dataset_of(pairs)[SampleKey(0, 0, weight)] for weight in (1.0, 0.0)])
+    assert batch.weight.tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("flag", ["box_scale", "box_jitter"])
+def test_impossible_boxes_are_refused(pairs, flag):
+    with pytest.raises(UserError, match=f"--{flag} -1"):
+        dataset_of(pairs, PromptOptions(**{flag: -1.0}))

@@ -1,0 +1,170 @@
+"""The verbs composed, in this process: what is refused before training, and what is scored."""
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from samtune import config as c
+from samtune.adapters.options import SamAdapterOptions
+from samtune.data.sample_data import make_sample_set
+from samtune.engine.distributed import Process
+from samtune.errors import UserError
+from samtune.evaluate import run as evaluate
+from samtune.models import MODEL_TYPES
+from samtune.train import run as train
+from samtune.trained import load_trained, load_untuned
+
+ALONE = Process(0, 1, 0, torch.device("cpu"))
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch) -> c.TrainConfig:
+    """One epoch of a tiny SAM on the sample set, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    tiny = replace(
+        MODEL_TYPES["vit_mini"], embed_dim=32, depth=2, num_heads=2, global_blocks=(1,),
+        image_size=64, window_size=3, prompt_embed_dim=32, decoder_heads=4, decoder_mlp_dim=32,
+        iou_head_hidden_dim=16,
+    )  # fmt: skip
+    monkeypatch.setitem(MODEL_TYPES, "tiny", tiny)
+    files = make_sample_set(tmp_path / "sample")
+    groups = {f.name: f for f in fields(c.TrainConfig)}
+    assert "adapter" in groups
+    return c.TrainConfig(
+        c.ModelOptions(model_type="tiny"),
+        c.ReadOptions(),
+        c.TrainDataOptions(
+            train_image_dir=str(files.image_dir("train")),
+            train_mask_dir=str(files.mask_dir("train")),
+            val_image_dir=str(files.image_dir("val")),
+            val_mask_dir=str(files.mask_dir("val")),
+        ),
+        c.TestDataOptions(str(files.image_dir("test")), str(files.mask_dir("test"))),
+        c.LoaderOptions(batch_size=4, workers=0),
+        c.PromptOptions(),
+        c.LossOptions(),
+        c.OptimOptions(lr=1e-3),
+        c.RunOptions(epoch=1, output_dir="run"),
+        c.LogOptions(),
+        SamAdapterOptions(tune_out=12, hidden_dim=6),
+    )
+
+
+def score(**options) -> dict:
+    wanted = c.EvaluateOptions(run_dir="run", **options)
+    given = {"prompt": options["prompt"]} if "prompt" in options else {}
+    loader = c.LoaderOptions(4, 0)
+    return evaluate(
+        c.EvaluateConfig(wanted, c.TestDataOptions(), c.ReadOptions(), loader, given), ALONE
+    )
+
+
+def test_evaluation_scores_what_was_trained(config):
+    """The parent's evaluation loaded the untuned weights; here they are the other row."""
+    train(config, None, ALONE)
+    scores = score()
+    assert scores == json.loads(Path("run/scores.json").read_text())
+    assert scores["tuned"]["loss"] < scores["zero_shot"]["loss"]
+    assert scores["images"] == 6 and scores["prompt"] == "box"
+    untuned, tuned = load_untuned("run"), load_trained("run")
+    file = load_file("run/best.safetensors")
+    for name, tensor in tuned.state_dict().items():
+        assert torch.equal(tensor, file[name]), name
+    shared = untuned.state_dict().keys() & file.keys()
+    assert any(not torch.equal(untuned.state_dict()[name], file[name]) for name in shared)
+
+
+def test_the_prompt_of_a_score_can_be_chosen_and_is_said(config):
+    train(config, None, ALONE)
+    assert score(prompt="none")["prompt"] == "none"
+    assert "box_filled" not in json.loads(Path("run/scores.json").read_text())
+
+
+def test_validation_on_training_images_is_refused(config):
+    """Nor can the test set choose the best model: it is not looked at in training."""
+    data = replace(
+        config.data, val_image_dir=config.data.train_image_dir,
+        val_mask_dir=config.data.train_mask_dir, train_slice=":20", val_slice="19:",
+    )  # fmt: skip
+    with pytest.raises(UserError, match="1 images are in training and in validation"):
+        train(replace(config, data=data), None, ALONE)
+    assert not Path("run").exists()
+
+
+def broken(path: Path, how: str) -> None:
+    """Spoil one training file."""
+    if how == "truncated image":
+        path.write_bytes(path.read_bytes()[:3000])
+    elif how == "mask of another size":
+        Image.fromarray(np.zeros((31, 400), np.uint8)).save(path)
+    elif how == "undecidable mask":
+        Image.fromarray(np.arange(9, dtype=np.uint8).reshape(3, 3)).resize((200, 160)).save(path)
+    elif how == "missing":
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "said"),
+    [
+        ("truncated image", "image", "truncated|damaged|cannot be read"),
+        ("mask of another size", "mask", "400 x 31 pixels, its image"),
+        ("undecidable mask", "mask", "--mask_threshold"),
+        ("missing", "mask", "--train_image_dir: without a mask"),
+    ],
+)
+def test_bad_files_are_named_before_training(config, how, kind, said):
+    folder = Path(getattr(config.data, f"train_{kind}_dir"))
+    victim = sorted(folder.iterdir())[3]
+    broken(victim, how)
+    with pytest.raises(UserError, match=said) as caught:
+        train(config, None, ALONE)
+    assert victim.stem in str(caught.value)
+    assert not any(Path().glob("run/*")), "a mistake leaves nothing behind"
+
+
+@pytest.mark.parametrize(
+    ("group", "changes", "said"),
+    [
+        ("model", {"image_size": 100}, "--image_size 100"),
+        ("model", {"model_type": "vit_b"}, "sam_vit_b_01ec64.pth"),
+        ("model", {"checkpoint": "gone.pth"}, "gone.pth"),
+        ("data", {"train_image_dir": "nowhere"}, "nowhere"),
+        ("data", {"train_mask_dir": ""}, "--train_mask_dir is not set"),
+        ("data", {"val_image_dir": ""}, "nothing to validate on"),
+        ("data", {"train_slice": "90:"}, "--train_slice"),
+        ("optim", {"precision": "fp16"}, "--precision fp16"),
+        ("optim", {"lr": -1.0}, "--lr"),
+        ("loader", {"batch_size": 0}, "--batch_size"),
+    ],
+)
+def test_what_cannot_work_is_said_before_training(config, group, changes, said):
+    wrong = replace(config, **{group: replace(getattr(config, group), **changes)})
+    with pytest.raises(UserError, match=said):
+        train(wrong, None, ALONE)
+    assert not Path("run/last.pt").exists()
+
+
+def test_an_html_page_or_another_model_is_no_base(config):
+    Path("page.pth").write_text("<!DOCTYPE html>")
+    with pytest.raises(UserError, match="web page"):
+        train(replace(config, model=replace(config.model, checkpoint="page.pth")), None, ALONE)
+
+
+def test_the_config_of_a_run_repeats_it(config):
+    """`--config checkpoints/run/config.yaml` is the same run."""
+    from samtune import flags
+
+    train(config, None, ALONE)
+    groups = [type(getattr(config, f.name)) for f in fields(config)]
+    parsed = flags.parse("x", "", groups, ["--config", "run/config.yaml", "--output_dir", "again"])
+    again = c.TrainConfig(*parsed.instances)
+    assert replace(again, run=replace(again.run, output_dir="run")) == config
+    train(again, None, ALONE)
+    first, second = load_file("run/best.safetensors"), load_file("again/best.safetensors")
+    assert all(torch.equal(first[name], second[name]) for name in first)
