@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from samtune.adapters import ADAPTERS, build_model
-from samtune.adapters.options import SamAdapterOptions
+from samtune.adapters.options import ConvLoraOptions, LoraOptions, SamAdapterOptions
 from samtune.config import (
     LoaderOptions,
     LossOptions,
@@ -42,6 +42,8 @@ TINY = replace(
 )  # fmt: skip
 OPTIONS = [(name, adapter.options()) for name, adapter in ADAPTERS.items()]
 OPTIONS += [("sam_adapter", SamAdapterOptions(variant="official"))]
+OPTIONS += [("lora", LoraOptions(adapt_decoder=True)), ("lora", LoraOptions(form="gsam"))]
+OPTIONS += [("conv_lora", ConvLoraOptions(form="gsam"))]
 SAMPLES = 7  # no multiple of any global batch here: the last step of an epoch is uneven
 EPOCHS = 2
 

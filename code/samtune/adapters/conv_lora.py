@@ -195,15 +195,9 @@ def enlargement(scale: Tensor, length: int, dtype: torch.dtype) -> Tensor:
     cell = torch.arange(-2, length + 2, device=scale.device)
     weight = _cubic((centre - cell).abs()) * inside  # (B', 3, 4 length, 2 + length + 2)
     before, within, after = weight.split([2, length, 2], dim=-1)
-    # What falls beyond the border is read at the border.
-    return torch.cat(
-        [
-            within[..., :1] + before.sum(-1, keepdim=True),
-            within[..., 1:-1],
-            within[..., -1:] + after.sum(-1, keepdim=True),
-        ],
-        dim=-1,
-    )
+    within[..., 0] += before.sum(-1)  # what lies beyond the border is read at the border
+    within[..., -1] += after.sum(-1)
+    return within
 
 
 def _cubic_taps(scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -234,10 +228,9 @@ class HeadwiseConvLoRA(HeadwiseLowRank):
 
     def bottleneck(self, x: Tensor) -> Tensor:
         """(B', h, w, heads, m), or (B', L, heads, m) for square maps, -> the same shape."""
-        maps = _as_map(x.flatten(-2)).unflatten(-1, x.shape[-2:])
-        batch, height, width, heads, channels = maps.shape
+        maps = _as_map(x.flatten(-2)).unflatten(-1, x.shape[-2:])  # (B', h, w, heads, m)
         z = maps.permute(0, 3, 4, 1, 2).flatten(0, 1)  # (B' heads, m, h, w)
-        y = self._mix(z).unflatten(0, (batch, heads))
+        y = self._mix(z).unflatten(0, (len(x), -1))
         return y.permute(0, 3, 4, 1, 2).reshape(x.shape)
 
     def _mix(self, z: Tensor) -> Tensor:

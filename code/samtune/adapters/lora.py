@@ -14,20 +14,19 @@ as the default.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from samtune.adapters.layers import thaw_decoder
 from samtune.adapters.options import LoraOptions
 from samtune.adapters.projections import (
-    OUTER_SCALE,
     PARTS,
     HeadwiseLowRank,
     HeadwiseQKV,
     HostedLinear,
     join_parts,
-    split_parts,
 )
 from samtune.models.sam import Sam
 from samtune.models.segmenter import PromptedSam
@@ -45,14 +44,14 @@ def build(sam: Sam, options: LoraOptions) -> PromptedSam:
 
 def adapt_qkv(
     qkv: nn.Linear, num_heads: int, options: LoraOptions, head_major: bool = False
-) -> LoRAQKV | HeadwiseLoRAQKV:
+) -> LoRAQKV | HeadwiseQKV:
     """A fused projection C -> 3 C with low-rank terms.
 
     head_major: its channels are each head's q, k, v, as TinyViT's, instead of SAM's all of q, then
     k, then v.
     """
     if options.form == "gsam":
-        return HeadwiseLoRAQKV(qkv, num_heads, head_major)
+        return HeadwiseQKV(qkv, num_heads, head_major, HeadwiseLowRank)
     targets = options.targets.split(",")
     return LoRAQKV(qkv, num_heads, options.rank, options.scale, targets, head_major)
 
@@ -61,17 +60,24 @@ def merge(model: PromptedSam) -> dict[str, Tensor]:
     """The state of a stock Sam whose output is the adapted model's; `model` stays as it is."""
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     for name, module in model.named_modules():
-        if isinstance(module, (LoRAQKV, LoRALinear, HeadwiseLoRAQKV)):
+        if isinstance(module, HostedLinear):
             state = {key: t for key, t in state.items() if not key.startswith(f"{name}.")}
-            state[f"{name}.weight"], state[f"{name}.bias"] = _in_float64(module)
+            state[f"{name}.weight"], state[f"{name}.bias"] = _as_one_linear(module)
     return state
 
 
 @torch.no_grad()
-def _in_float64(module: LoRAQKV | LoRALinear | HeadwiseLoRAQKV) -> tuple[Tensor, Tensor]:
-    """Merged weight and bias, rounded once."""
-    weight, bias = module.merged(module.weight.double(), module.bias.double())
-    return weight.to(module.weight.dtype), bias.to(module.bias.dtype)
+def _as_one_linear(module: HostedLinear) -> tuple[Tensor, Tensor]:
+    """Weight and bias that do what the module does, rounded once.
+
+    It is linear but for a constant, so its values at zero and at the unit vectors say all.
+    """
+    dtype = module.weight.dtype
+    module = copy.deepcopy(module).double()
+    unit = torch.eye(module.in_features, dtype=torch.float64, device=module.weight.device)
+    bias = module(torch.zeros_like(unit[0]))
+    weight = (module(unit) - bias).T.contiguous()
+    return weight.to(dtype), bias.to(dtype)
 
 
 class LoRAQKV(HostedLinear):
@@ -99,24 +105,15 @@ class LoRAQKV(HostedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., 3 C)."""
-        down, up = self.low_rank()
-        return super().forward(x) + F.linear(F.linear(x, down), up)
+        terms = {part: self._term(part, x) for part in self.targets}
+        nothing = torch.zeros_like(terms[self.targets[0]])
+        terms = join_parts([terms.get(part, nothing) for part in PARTS], self.head_major)
+        return super().forward(x) + self.scale * terms
 
-    def low_rank(self) -> tuple[Tensor, Tensor]:
-        """The pairs of all n targets as one: (n rank, C) and (3 C, n rank), zero elsewhere.
-
-        So the channels' order is dealt with in the small matrices, not in the tokens.
-        """
-        down = torch.cat([self.get_submodule(f"linear_a_{p}").weight for p in self.targets])
-        ups = [self.get_submodule(f"linear_b_{p}").weight for p in self.targets]
-        used = dict(zip(self.targets, torch.block_diag(*ups).chunk(len(ups)), strict=True))
-        rows = [used.get(part, torch.zeros_like(used[self.targets[0]])) for part in PARTS]
-        heads = [r.T.unflatten(-1, (self.num_heads, -1)) for r in rows]  # (n rank, heads, d) each
-        return down, self.scale * join_parts(heads, self.head_major).T
-
-    def merged(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        down, up = self.low_rank()
-        return weight + up.to(weight) @ down.to(weight), bias
+    def _term(self, part: str, x: Tensor) -> Tensor:
+        """(..., C) -> (..., heads, d)."""
+        down, up = (self.get_submodule(f"linear_{factor}_{part}") for factor in "ab")
+        return up(down(x)).unflatten(-1, (self.num_heads, -1))
 
 
 class LoRALinear(HostedLinear):
@@ -130,28 +127,6 @@ class LoRALinear(HostedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C')."""
         return super().forward(x) + self.scale * self.linear_b(self.linear_a(x))
-
-    def merged(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        product = self.linear_b.weight.to(weight) @ self.linear_a.weight.to(weight)
-        return weight + self.scale * product, bias
-
-
-class HeadwiseLoRAQKV(HeadwiseQKV):
-    """G-SAM's LoRA: q' = q + q A B / (2 m), likewise k and v."""
-
-    def __init__(self, stock: nn.Linear, num_heads: int, head_major: bool):
-        super().__init__(stock, num_heads, head_major, HeadwiseLowRank)
-
-    def merged(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        rows = torch.cat([weight.T, bias[None]])  # (C + 1, 3 C): the map of inputs, then the bias
-        parts = [
-            part + OUTER_SCALE / term.width * part @ term.lora_A.to(part) @ term.lora_B.to(part)
-            for part, term in zip(
-                split_parts(rows, self.num_heads, self.head_major), self.terms, strict=True
-            )
-        ]
-        rows = join_parts(parts, self.head_major)
-        return rows[:-1].T.contiguous(), rows[-1]
 
 
 def low_rank_pair(width: int, rank: int, out_width: int) -> tuple[nn.Linear, nn.Linear]:

@@ -47,8 +47,8 @@ class LoraOptions:
 
     form: str = option(
         "samed",
-        "'samed': low-rank terms of a block's input on its q and v, as SAMed's; 'gsam': one map for "
-        "all heads of the projected q, k and v, as G-SAM's",
+        "'samed': low-rank terms of a block's input on its q and v, as SAMed's; 'gsam': one map, "
+        "the same for all heads, of each head's projected q, k and v, as G-SAM's",
         ("samed", "gsam"),
     )
     rank: int = option(4, "samed: channels between the two factors of a term")

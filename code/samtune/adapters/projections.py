@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 PARTS = ("q", "k", "v")
-OUTER_SCALE = 0.5  # of G-SAM's terms, beside their own 1 / bottleneck
+_OUTER_SCALE = 0.5  # of G-SAM's terms, beside their own 1 / bottleneck
 
 
 class HostedLinear(nn.Linear):
@@ -61,7 +61,7 @@ class HeadwiseQKV(HostedLinear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., 3 C)."""
         parts = split_parts(super().forward(x), self.num_heads, self.head_major)
-        adapted = [p + OUTER_SCALE * term(p) for p, term in zip(parts, self.terms, strict=True)]
+        adapted = [p + _OUTER_SCALE * term(p) for p, term in zip(parts, self.terms, strict=True)]
         return join_parts(adapted, self.head_major)
 
 
