@@ -147,6 +147,13 @@ def test_the_stock_predictor_takes_the_adapted_model(checkpoint, name, options):
     assert torch.allclose(torch.from_numpy(logits), expected, atol=1e-5)
 
 
+@pytest.fixture
+def nothing_compiled():
+    """The limit of compiled versions of one function counts those of earlier tests."""
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("nothing_compiled")
 @pytest.mark.parametrize(("name", "options"), VARIANTS)
 def test_encoder_and_decoder_trace_as_one_graph(checkpoint, name, options):
     """torch.compile meets nothing that it must leave to Python."""
@@ -158,6 +165,7 @@ def test_encoder_and_decoder_trace_as_one_graph(checkpoint, name, options):
         assert torch.equal(compiled(image, prompts).logits, model(image, prompts).logits)
 
 
+@pytest.mark.usefixtures("nothing_compiled")
 @pytest.mark.parametrize(("name", "options"), VARIANTS)
 def test_blocks_compile_in_training(checkpoint, name, options):
     """Each block is one graph forward and backward, with the values and gradients of plain Python.
@@ -166,7 +174,6 @@ def test_blocks_compile_in_training(checkpoint, name, options):
     """
     model_options = ModelOptions(model_type="tiny", adapter=name)
     image, prompts = ask("box")
-    torch.compiler.reset()  # the limit of compiled versions of one function counts earlier tests
 
     def train(compiled: bool):
         model = build_model(model_options, options, "box", checkpoint, seed=1).train()
