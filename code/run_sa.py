@@ -17,6 +17,7 @@ from samtune import config as c
 from samtune import flags
 from samtune.adapters import ADAPTERS
 from samtune.errors import (
+    EXIT_ABORTED,
     EXIT_CRASH,
     EXIT_INTERRUPTED,
     EXIT_USER_ERROR,
@@ -29,6 +30,7 @@ from samtune.run_folder import to_resume
 VERBS = {
     "train": "train SAM with an adapter (the default); scores it if there are test images",
     "evaluate": "score a trained run, beside the untuned SAM",
+    "import": "turn a published checkpoint, or the parent's, into a run",
     "benchmark": "time training steps on random data; the last line is JSON",
 }
 NEXT_STEPS = """
@@ -44,10 +46,12 @@ def main(argv: list[str]) -> int:
     try:
         if argv and not argv[0].startswith("-"):
             raise UserError(f"unknown verb {argv[0]!r}; there are {', '.join(VERBS)}")
-        {"train": train, "evaluate": evaluate, "benchmark": benchmark}[verb](argv)
+        RUN[verb](argv)
     except (UserError, Interrupted) as error:
         said = f"error: {error}" if isinstance(error, UserError) else str(error)
         code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_INTERRUPTED
+    except KeyboardInterrupt:
+        said, code = "aborted", EXIT_ABORTED
     except Exception as error:
         said, code = "".join(traceback.format_exception(error)), EXIT_CRASH
     else:
@@ -91,6 +95,15 @@ def evaluate(argv: list[str]) -> None:
         from samtune.evaluate import run
 
         run(c.EvaluateConfig(*parsed.instances, parsed.given), process)
+
+
+def import_(argv: list[str]) -> None:
+    """Turn somebody's weights into a run."""
+    config, _ = read(c.ImportConfig, "import", argv)
+    with processes() as process:
+        from samtune.importing import run
+
+        run(config, process)
 
 
 def benchmark(argv: list[str]) -> None:
@@ -171,7 +184,9 @@ GROUPS = {
     "run": c.RunOptions,
     "log": c.LogOptions,
     "benchmark": c.BenchmarkOptions,
+    "source": c.ImportOptions,
 }
+RUN = {"train": train, "evaluate": evaluate, "import": import_, "benchmark": benchmark}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -16,7 +16,9 @@ from samtune.data.sample_data import make_sample_set
 from samtune.engine.distributed import Process
 from samtune.errors import UserError
 from samtune.evaluate import run as evaluate
+from samtune.importing import run as import_weights
 from samtune.models import MODEL_TYPES
+from samtune.models.sam import build_sam
 from samtune.train import run as train
 from samtune.trained import load_trained, load_untuned
 
@@ -168,3 +170,39 @@ def test_the_config_of_a_run_repeats_it(config):
     train(again, None, ALONE)
     first, second = load_file("run/best.safetensors"), load_file("again/best.safetensors")
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_the_parents_file_is_written_and_becomes_a_run_again(config, prefix):
+    """best.pth, as the parent writes it with one process or with several, scores the same."""
+    torch.manual_seed(0)
+    torch.save(build_sam("tiny").state_dict(), "base.pth")
+    model = replace(config.model, checkpoint="base.pth")
+    run = replace(config.run, save_pth=True)
+    train(replace(config, model=model, run=run), None, ALONE)
+    state = torch.load("run/best.pth", weights_only=True)
+    torch.save({prefix + name: tensor for name, tensor in state.items()}, "theirs.pth")
+    source = c.ImportConfig(
+        c.ImportOptions("theirs.pth"), model, config.read, config.prompts,
+        c.RunOptions(output_dir="imported"), config.adapter,
+    )  # fmt: skip
+    import_weights(source, ALONE)
+    first, second = (load_trained(name).state_dict() for name in ("run", "imported"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_imported_tensors_that_samtune_would_not_train_are_kept(config):
+    torch.manual_seed(0)
+    torch.save(build_sam("tiny").state_dict(), "base.pth")
+    model = replace(config.model, checkpoint="base.pth")
+    train(replace(config, model=model, run=replace(config.run, save_pth=True)), None, ALONE)
+    state = torch.load("run/best.pth", weights_only=True)
+    frozen = "mask_decoder.iou_prediction_head.layers.0.weight"
+    state[frozen] = state[frozen] * 0.99  # as weight decay leaves it
+    torch.save(state, "theirs.pth")
+    source = c.ImportConfig(
+        c.ImportOptions("theirs.pth"), model, config.read, config.prompts,
+        c.RunOptions(output_dir="imported"), config.adapter,
+    )  # fmt: skip
+    import_weights(source, ALONE)
+    assert torch.equal(load_trained("imported").state_dict()[frozen], state[frozen])

@@ -157,7 +157,7 @@ class RunOptions:
     epoch: int = option(10, "passes over the training images")
     seed: int = option(21, "of weights, data order and augmentation")
     deterministic: bool = option(False, "bitwise repeatable on a GPU too, at some cost in time")
-    monitor: str = option(
+    best_by: str = option(
         "loss", "validation score that says which epoch is best", ("loss", "iou", "dice")
     )
     patience: int = option(
@@ -202,6 +202,13 @@ class EvaluateOptions:
 
 
 @dataclass(frozen=True)
+class ImportOptions:
+    """What is imported"""
+
+    weights: str = option("", "the published .pth, .pt or .safetensors file")
+
+
+@dataclass(frozen=True)
 class BenchmarkOptions:
     """Benchmark"""
 
@@ -235,6 +242,18 @@ class EvaluateConfig:
     read: ReadOptions
     loader: LoaderOptions
     given: dict  # what was said, by name
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """All that `import` can be told."""
+
+    source: ImportOptions
+    model: ModelOptions
+    read: ReadOptions
+    prompts: PromptOptions
+    run: RunOptions
+    adapter: object
 
 
 @dataclass(frozen=True)

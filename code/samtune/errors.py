@@ -15,4 +15,5 @@ class Interrupted(Exception):
 
 EXIT_CRASH = 1  # a defect of the program: the traceback is printed
 EXIT_USER_ERROR = 2  # the same code that argparse uses for a wrong flag
+EXIT_ABORTED = 130  # Ctrl-C outside of training, or twice: nothing was saved
 EXIT_INTERRUPTED = 75  # a signal ended the run after its state was saved: `--resume auto` goes on

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from samtune import __version__, flags
+from samtune import flags
 from samtune.adapters import ADAPTERS, build_model
 from samtune.config import TrainConfig
 from samtune.data.datasets import SegmentationDataset
@@ -29,7 +29,7 @@ from samtune.models.segmenter import PromptedSam
 from samtune.models.weights import find_checkpoint
 from samtune.pipeline import check_pairs, evaluation_loader, load_pairs, usable
 from samtune.run_folder import RunFolder, new_name
-from samtune.tensor_files import file_sha256
+from samtune.trained import describe
 
 SAMPLE_SET = Path("dataset/sample")
 
@@ -58,7 +58,7 @@ def run(config: TrainConfig, resumed: RunFolder | None, process: Process) -> Tra
         _check(name, pairs, config, model.image_size, process)
         for name, pairs in (("training", train_pairs), ("validation", val_pairs))
     )
-    options = flags.dump(_groups(config))
+    options = metadata["config"]
     if process.is_main:  # only now is it a run: a mistake above leaves nothing behind
         folder.config.write_text(yaml.safe_dump(options, sort_keys=False))
     first_epoch = state["progress"]["epoch"] + 1 if state else 1
@@ -69,7 +69,7 @@ def run(config: TrainConfig, resumed: RunFolder | None, process: Process) -> Tra
         logbook.curves()
         early = " (stopped early: no better epoch since)" if result.stopped_early else ""
         logbook.say(
-            f"best: epoch {result.best_epoch}, validation {config.run.monitor} "
+            f"best: epoch {result.best_epoch}, validation {config.run.best_by} "
             f"{result.best:.5f}{early}"
         )
         logbook.say(f"saved: {folder.best}   curves: {folder.curves}")
@@ -127,18 +127,7 @@ def _build(config: TrainConfig) -> tuple[PromptedSam, dict]:
     base = find_checkpoint(config.model)
     seed, prompt = config.run.seed, config.prompts.prompt
     model = build_model(config.model, config.adapter, prompt, base, seed)
-    metadata = {
-        "samtune": __version__,
-        "adapter": config.model.adapter,
-        "model_type": config.model.model_type,
-        "image_size": model.image_size,
-        "base_file": base.name if base else "",
-        "base_sha256": file_sha256(base) if base else "",
-        "pixel_mean": model.pixel_mean.flatten().tolist(),
-        "pixel_std": model.pixel_std.flatten().tolist(),
-        "config": flags.dump(_groups(config)),
-    }
-    return model, metadata
+    return model, describe(model, base, flags.dump(_groups(config)))
 
 
 def _find(config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
@@ -217,5 +206,5 @@ def _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state):
 
     return trainer.fit(
         plan, make_batches, validate, logbook, saved,
-        epochs=run.epoch, monitor=run.monitor, patience=run.patience, resume=state,
+        epochs=run.epoch, best_by=run.best_by, patience=run.patience, resume=state,
     )  # fmt: skip

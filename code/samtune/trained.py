@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from pathlib import Path
 
+from samtune import __version__
 from samtune.adapters import ADAPTERS, build_model, build_untuned
 from samtune.config import ModelOptions
 from samtune.engine.checkpoint import load_adapted, read_metadata
@@ -33,6 +34,7 @@ def load_trained(path: str | Path, checkpoint: str = "") -> PromptedSam:
         base,
         metadata["config"]["seed"],
     )
+    model.base_keys = model.base_keys - set(metadata.get("more_keys", ()))
     load_adapted(model, path, adapter.renames)
     return model.eval()
 
@@ -43,6 +45,21 @@ def load_untuned(path: str | Path, checkpoint: str = "") -> PromptedSam:
     base = base_file(metadata, checkpoint)
     seed = metadata["config"]["seed"]
     return build_untuned(options_of(metadata, ModelOptions), base, seed).eval()
+
+
+def describe(model: PromptedSam, base: Path | None, config: dict) -> dict:
+    """What a file of trained weights says about its model; `config` is every option by name."""
+    return {
+        "samtune": __version__,
+        "adapter": config["adapter"],
+        "model_type": config["model_type"],
+        "image_size": model.image_size,
+        "base_file": base.name if base else "",
+        "base_sha256": file_sha256(base) if base else "",
+        "pixel_mean": model.pixel_mean.flatten().tolist(),
+        "pixel_std": model.pixel_std.flatten().tolist(),
+        "config": config,
+    }
 
 
 def trained_file(path: str | Path) -> Path:

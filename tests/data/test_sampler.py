@@ -45,14 +45,20 @@ def test_every_split_of_a_step_has_the_samples_of_one_process(samples, split):
 
 @pytest.mark.parametrize("split", [*SPLITS, (3, 2, 1), (3, 1, 3)])
 @pytest.mark.parametrize("samples", SAMPLES)
-def test_all_processes_do_the_same_number_and_size_of_batches(samples, split):
+def test_all_processes_do_the_same_number_of_batches(samples, split):
     """A process with a batch fewer would leave the others waiting for its gradient."""
     together = plans(samples, *split)
     for step in range(together[0].steps_per_epoch):
-        shapes = {tuple(len(b) for b in plan.step(0, step)[0]) for plan in together}
-        assert len(shapes) == 1
-        (shape,) = shapes
-        assert 1 <= len(shape) <= split[2] and min(shape) >= 1 and max(shape) <= split[1]
+        shares = [[len(batch) for batch in plan.step(0, step)[0]] for plan in together]
+        assert len({len(share) for share in shares}) == 1
+        for share in shares:
+            assert 1 <= len(share) <= split[2] and min(share) >= 1 and max(share) <= split[1]
+
+
+def test_a_filler_comes_only_where_a_batch_would_be_missing():
+    """It would enter the statistics of a BatchNorm that trains."""
+    together = plans(7, 2, 4, 1)
+    assert [len(plan.step(0, 0)[0][0]) for plan in together] == [4, 3]
 
 
 def test_fillers_repeat_a_sample_of_their_own_step_without_weight():

@@ -249,14 +249,14 @@ def test_the_improving_epoch_is_saved_even_if_it_is_the_last_before_stopping(tmp
 
 
 @pytest.mark.parametrize(
-    ("monitor", "scores", "best"),
+    ("best_by", "scores", "best"),
     [("loss", [2, 1, 3], 2), ("iou", [0.2, 0.1, 0.3], 3), ("dice", [0.5, 0.5, 0.4], 1)],
 )
-def test_loss_is_better_when_lower_and_scores_when_higher(monitor, scores, best):
+def test_loss_is_better_when_lower_and_scores_when_higher(best_by, scores, best):
     progress = Progress()
     for epoch, score in enumerate(scores):
         progress.epoch = epoch
-        progress.judge(score, monitor)
+        progress.judge(score, best_by)
     assert progress.best_epoch == best
 
 

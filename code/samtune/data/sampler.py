@@ -21,8 +21,8 @@ class TrainPlan:
     A step takes the next G = world * batch_size * accumulate samples of the epoch's random order;
     the processes take turns. So the samples of step s depend on G, not on how it is divided, every
     sample comes once per epoch, and any step can be computed without those before it. The last step
-    of an epoch takes what is left. All processes have equally many samples in a step: the ones that
-    are one short get another sample of the step again, with weight 0.
+    of an epoch takes what is left. All processes have equally many micro-batches in a step: one
+    that would have a micro-batch less gets another sample of the step again, with weight 0.
     Raises UserError if a number is below 1 or there are fewer samples than processes.
     """
 
@@ -62,9 +62,9 @@ class TrainPlan:
         """This process's micro-batches of a step, and how many samples all processes have in it."""
         taken = self.order(epoch)[step * self.samples_per_step :][: self.samples_per_step]
         mine = [SampleKey(epoch, int(index)) for index in taken[self.rank :: self.world]]
-        if len(mine) < -(-len(taken) // self.world):
+        size, longest = self.batch_size, -(-len(taken) // self.world)
+        if -(-len(mine) // size) < -(-longest // size):
             mine.append(SampleKey(epoch, int(taken[0]), weight=0.0))
-        size = self.batch_size
         return [mine[i : i + size] for i in range(0, len(mine), size)], len(taken)
 
     def batches(self, epoch: int, start_step: int = 0) -> list[MicroBatch]:

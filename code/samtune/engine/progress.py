@@ -18,13 +18,13 @@ class Progress:
     epoch: int = 0
     step: int = 0
     lr: float = 0.0  # of the latest step
-    best: float = math.nan  # the monitored score of the best epoch; NaN before the first real one
+    best: float = math.nan  # the watched score of the best epoch; NaN before the first real one
     best_epoch: int = 0  # counted from 1, as in the records; 0: none yet
     stale: int = 0  # epochs since the best one
 
-    def judge(self, score: float, monitor: str) -> bool:
+    def judge(self, score: float, best_by: str) -> bool:
         """Count a validated epoch; True if it is the best so far. NaN never is an improvement."""
-        sign = -1 if monitor == "loss" else 1
+        sign = -1 if best_by == "loss" else 1
         better = not math.isnan(score) and not sign * score <= sign * self.best
         self.stale = 0 if better else self.stale + 1
         if better or self.best_epoch == 0:  # the first epoch is kept whatever it scored

@@ -38,7 +38,7 @@ _OVERFLOWS_IN_A_ROW = 30
 
 @dataclass(frozen=True)
 class FitResult:
-    """best: the monitored score of `best_epoch` (from 1); epochs: how many are complete."""
+    """best: the watched score of `best_epoch` (from 1); epochs: how many are complete."""
 
     best: float
     best_epoch: int
@@ -174,7 +174,7 @@ class Trainer:
         saved: Checkpoints,
         *,
         epochs: int,
-        monitor: str = "loss",
+        best_by: str = "loss",
         patience: int = -1,
         resume: dict[str, Any] | None = None,
     ) -> FitResult:
@@ -183,7 +183,7 @@ class Trainer:
         plan: `steps_per_epoch`, `step(epoch, s)` -> (this rank's micro-batches, how many samples
         all ranks have), `samples`, `samples_per_step` (over all ranks) and `seed`.
         make_batches(epoch, first step): the rest of that epoch's micro-batches, in that order.
-        validate: scores by name, one of them `monitor` ('loss' is better when lower, 'iou' and
+        validate: scores by name, one of them `best_by` ('loss' is better when lower, 'iou' and
         'dice' when higher). patience: -1 means half of the epochs, 0 never stops. resume: what
         `saved.load_last()` returned. Epochs count from 0 in plan and loader, from 1 in records.
 
@@ -206,7 +206,7 @@ class Trainer:
                         self._interrupt(saved, plan, epochs)
                 if stop.settle():
                     self._interrupt(saved, plan, epochs)
-                self._finish_epoch(validate, monitor, logbook, saved, started)
+                self._finish_epoch(validate, best_by, logbook, saved, started)
                 self._save_last(saved, plan, epochs)
                 if stop.settle() and goes_on():
                     raise Interrupted(self._farewell(saved))
@@ -232,13 +232,13 @@ class Trainer:
             if step + 1 < last:
                 yield
 
-    def _finish_epoch(self, validate, monitor, logbook, saved: Checkpoints, started: float) -> None:
+    def _finish_epoch(self, validate, best_by, logbook, saved: Checkpoints, started: float) -> None:
         """Validate, tell, and keep what improved: before anything decides to stop."""
         self.check()
         train = self.sums.means()
         with torch.random.fork_rng(devices=[]):  # loaders again
             scores = distributed.broadcast_object(validate())
-        improved = self.progress.judge(scores[monitor], monitor)
+        improved = self.progress.judge(scores[best_by], best_by)
         record = {
             "epoch": self.progress.epoch + 1,
             "step": self.steps_done,
@@ -253,7 +253,7 @@ class Trainer:
             with distributed.together():
                 if self.process.is_main:
                     facts = {name: record[name] for name in ("epoch", "step", "validation")}
-                    saved.save_best(self.model, monitor=monitor, **facts)
+                    saved.save_best(self.model, best_by=best_by, **facts)
         self.progress.epoch += 1
         self.progress.step = 0
         self.sums = Sums(self.process.device)

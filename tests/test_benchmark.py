@@ -1,0 +1,55 @@
+"""`benchmark` times the trainer's own step and says what it timed, as one JSON line."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from samtune import config as c
+from samtune.adapters.options import DecoderOptions
+from samtune.benchmark import random_batch, run
+from samtune.engine.distributed import Process
+from samtune.engine.trainer import Trainer
+from samtune.models import MODEL_TYPES
+
+ALONE = Process(0, 1, 0, torch.device("cpu"))
+
+
+@pytest.fixture
+def config(monkeypatch) -> c.BenchmarkConfig:
+    monkeypatch.setitem(MODEL_TYPES, "tiny", replace(MODEL_TYPES["vit_mini"], depth=1))
+    return c.BenchmarkConfig(
+        c.BenchmarkOptions(steps=2, warmup=1),
+        c.ModelOptions(model_type="tiny", adapter="decoder", image_size=64),
+        c.LoaderOptions(batch_size=2),
+        c.PromptOptions(),
+        c.LossOptions(),
+        c.OptimOptions(accumulate=2),
+        c.RunOptions(),
+        DecoderOptions(),
+    )
+
+
+def test_it_runs_train_step_and_counts_images(config, capsys, monkeypatch):
+    steps = []
+    step = Trainer.train_step
+    monkeypatch.setattr(
+        Trainer, "train_step", lambda self, *a: (steps.append(a[1]), step(self, *a))
+    )
+    result = run(config, ALONE)
+    assert steps == [4, 4, 4], "two micro-batches of two images in each of three steps"
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+    product = result["images_per_second"] * result["seconds_per_step"]
+    assert product == pytest.approx(4, rel=1e-2)
+    assert 0 < result["trainable_parameters"] < result["total_parameters"]
+    assert result["peak_memory_bytes"] > 2**20
+    assert result["precision"] == "fp32" and result["train"] == "adapter"
+
+
+def test_the_random_batch_fills_its_frame():
+    batch = random_batch(3, 64, "box")
+    assert batch.image.shape == (3, 3, 64, 64) and batch.in_frame
+    assert batch.target.float().mean() == 0.25
+    assert batch.at_target(torch.zeros(3, 1, 16, 16)).shape == batch.target.shape
+    assert random_batch(1, 64, "none").prompts.boxes is None

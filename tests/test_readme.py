@@ -1,0 +1,88 @@
+"""What the README says is what the code does."""
+
+import re
+import subprocess
+import sys
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+from samtune import config, errors
+from samtune.adapters import ADAPTERS
+from samtune.run_folder import RunFolder
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+TORCHRUNS = {"nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint", "help"}
+
+
+def table(name: str) -> list[list[str]]:
+    """Rows of cells between <!--name--> and <!--/name-->, without the head."""
+    text = README.split(f"<!--{name}-->")[1].split(f"<!--/{name}-->")[0]
+    lines = [line for line in text.strip().splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def flags() -> set[str]:
+    groups = [value for value in vars(config).values() if is_dataclass(value)]
+    groups += [adapter.options for adapter in ADAPTERS.values()]
+    return {f.name for group in groups for f in fields(group) if f.metadata} | {"config"}
+
+
+def test_every_flag_that_is_named_exists():
+    named = set(re.findall(r"(?<![!\w/-])--([a-z][a-z_]+)", README))
+    assert len(named) > 20
+    assert named - flags() - TORCHRUNS - set(config.RETIRED) == set()
+
+
+def test_every_variable_of_the_launchers_that_is_named_exists():
+    launchers = (ROOT / "run.sh").read_text() + (ROOT / "eval.sh").read_text()
+    known = set(re.findall(r"^([A-Z_]+)=", launchers, re.M))
+    named = set(re.findall(r"\b([A-Z][A-Z_]{2,})=", README))
+    assert named and named <= known
+
+
+def test_every_launcher_flag_exists():
+    for script in ("run.sh", "eval.sh"):
+        command = (ROOT / script).read_text().split("code/run_sa.py")[1]
+        named = set(re.findall(r"--([a-z_]+)", command))
+        assert named and named <= flags(), script
+
+
+def test_the_table_of_adapters_is_that_of_the_code():
+    expected = [
+        [f"`{name}`", row.summary, ", ".join(row.prompts), row.source]
+        for name, row in ADAPTERS.items()
+    ]
+    assert table("adapters") == expected
+
+
+def test_the_table_of_exit_codes_is_that_of_the_code():
+    codes = {int(row[0]) for row in table("exit-codes")}
+    assert codes == {0, *(v for k, v in vars(errors).items() if k.startswith("EXIT_"))}
+
+
+def test_the_table_of_files_is_that_of_a_run():
+    named = set(re.findall(r"`([a-z_.]+)/?`", " ".join(row[0] for row in table("files"))))
+    written = {p.name for p in vars(RunFolder("x")).values() if p != Path("x")}
+    assert named == written
+
+
+def test_the_python_example_loads_a_run(tmp_path):
+    """The very lines of the README, on a run that was made here."""
+    lines = re.search(r"```python\n(.*?)```", README, re.S).group(1)
+    assert len(lines.strip().splitlines()) == 5
+    make_run = (
+        "import sys; sys.path.insert(0, 'code'); from run_sa import main; sys.exit(main(['train', "
+        "'--epoch', '1', '--batch_size', '8', '--image_size', '64', '--workers', '0', "
+        "'--output_dir', 'checkpoints/my_run']))"
+    )
+    (tmp_path / "code").symlink_to(ROOT / "code")
+    for script in (make_run, lines + "\nassert predictor.model.image_encoder.img_size == 64"):
+        done = subprocess.run(
+            [sys.executable, "-c", script], cwd=tmp_path, text=True, capture_output=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_nothing_is_left_to_fill_in():
+    assert set(re.findall(r"<!--/?([\w-]+)-->", README)) == {"adapters", "exit-codes", "files"}
