@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from samtune.adapters import ADAPTERS, build_model
-from samtune.adapters.options import GsamOptions, SamAdapterOptions
+from samtune.adapters.options import ConvLoraOptions, GsamOptions, LoraOptions, SamAdapterOptions
 from samtune.config import (
     LoaderOptions,
     LossOptions,
@@ -43,6 +43,8 @@ TINY = replace(
 SMALL = {"gsam": GsamOptions(resnet_depth=18)}  # where the default is large
 OPTIONS = [(name, SMALL.get(name, adapter.options())) for name, adapter in ADAPTERS.items()]
 OPTIONS += [("sam_adapter", SamAdapterOptions(variant="official"))]
+OPTIONS += [("lora", LoraOptions(adapt_decoder=True)), ("lora", LoraOptions(form="gsam"))]
+OPTIONS += [("conv_lora", ConvLoraOptions(form="gsam"))]
 SAMPLES = 7  # no multiple of any global batch here: the last step of an epoch is uneven
 EPOCHS = 2
 

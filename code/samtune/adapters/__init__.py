@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING
 from samtune.adapters.base import Adapter
 from samtune.adapters.options import (
     AdaptFormerOptions,
+    ConvLoraOptions,
     DecoderOptions,
     GsamOptions,
+    LoraOptions,
     SamAdapterOptions,
     SamusOptions,
     TsSamOptions,
 )
+from samtune.adapters.published import samed_renames
 from samtune.config import ModelOptions
 from samtune.errors import UserError
 
@@ -70,7 +73,7 @@ ADAPTERS: dict[str, Adapter] = {
         options=AdaptFormerOptions,
         module="samtune.adapters.adaptformer",
         prompts=("box", "none"),
-        backbones=("vit",),
+        backbones=("vit", "tiny_vit"),
         source="arXiv 2205.13535; ShoufaChen/AdaptFormer 6967d67 (original), "
         "usagisukisuki/G-SAM 31dfd1c (gsam, spatial; arXiv 2408.12406)",
     ),
@@ -84,6 +87,7 @@ ADAPTERS: dict[str, Adapter] = {
         source="arXiv 2309.06824; xianlin7/SAMUS 030ed07",
         image_size=256,
         stride=8,
+        needs="patches that can overlap",
     ),
     "gsam": Adapter(
         name="gsam",
@@ -102,8 +106,39 @@ ADAPTERS: dict[str, Adapter] = {
         ),
         image_size=256,
         stride=8,
+        needs="patches that can overlap",
         any_size=True,
         start_options=("cnn_weights",),
+    ),
+    "lora": Adapter(
+        name="lora",
+        summary="adds low-rank terms to q and v of every attention in the image encoder",
+        options=LoraOptions,
+        module="samtune.adapters.lora",
+        prompts=("box", "none"),
+        backbones=("vit", "tiny_vit"),
+        source="arXiv 2106.09685; hitachinsk/SAMed e351840 (samed), "
+        "usagisukisuki/G-SAM 31dfd1c (gsam)",
+        mergeable=True,
+        renames=(
+            (r"^(image_encoder\.blocks\.\d+)\.(lora_[qkv]\..*)$", r"\1.attn.qkv.\2"),
+            (r"^(.*\.attn\.qkv)\.qkv\.(weight|bias)$", r"\1.\2"),
+            *samed_renames(),
+        ),
+    ),
+    "conv_lora": Adapter(
+        name="conv_lora",
+        summary="adds a low-rank term with a mixture of convolutions to q, k and v of every block",
+        options=ConvLoraOptions,
+        module="samtune.adapters.conv_lora",
+        prompts=("box", "none"),
+        backbones=("vit", "tiny_vit"),
+        source="arXiv 2401.17868; autogluon/autogluon f34ebb4f6 (original), "
+        "usagisukisuki/G-SAM 31dfd1c (gsam)",
+        renames=(
+            (r"^(image_encoder\.blocks\.\d+)\.(lora_[qkv]\..*)$", r"\1.attn.qkv.\2"),
+            (r"^.*\.lora_moe_gating\.(mean|std)$", None),  # of the normal distribution: 0 and 1
+        ),
     ),
 }
 

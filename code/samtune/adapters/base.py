@@ -11,6 +11,8 @@ from samtune.errors import UserError
 from samtune.models import MODEL_TYPES
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from samtune.models.sam import Sam
     from samtune.models.segmenter import PromptedSam
 
@@ -29,7 +31,8 @@ class Adapter:
     between patches that overlap, 0: side by side; see `build_image_encoder`. any_size: the frame
     may have any size and aspect from one patch upwards; the base is made for `image_size` then,
     whatever the frame. start_options: options that only say with which values training starts; a
-    model that is loaded is built without them.
+    model that is loaded is built without them. mergeable: the module's `merge(model)` folds what
+    was tuned into the state dict of a stock Sam.
 
     The module's `build(sam, options) -> PromptedSam` gets a stock Sam, all of it frozen and with
     its base weights in place, and may alter any part of it. What it makes trains because it is new;
@@ -51,6 +54,7 @@ class Adapter:
     needs: str = ""
     any_size: bool = False
     start_options: tuple[str, ...] = ()
+    mergeable: bool = False
 
     def check(self, model: ModelOptions, prompt: str) -> None:
         """Refuse an impossible combination before any weight is read, with a UserError."""
@@ -70,7 +74,6 @@ class Adapter:
                 f"--adapter {self.name} does not fit --model_type {model.model_type}{needs}; it "
                 f"fits {', '.join(fitting)}"
             )
-
         smallest = MODEL_TYPES[model.model_type].patch_size
         if self.any_size and model.image_size != 0 and model.image_size < smallest:
             raise UserError(f"--image_size {model.image_size}: it must be at least {smallest}")
@@ -83,3 +86,9 @@ class Adapter:
     def build(self, sam: Sam, options) -> PromptedSam:
         """Adapt a frozen Sam in place."""
         return importlib.import_module(self.module).build(sam, options)
+
+    def merge(self, model: PromptedSam) -> dict[str, Tensor]:
+        """A stock Sam's state dict with the model's outputs. Raises UserError if there is none."""
+        if not self.mergeable:
+            raise UserError(f"--adapter {self.name} cannot be merged into SAM's own weights")
+        return importlib.import_module(self.module).merge(model)

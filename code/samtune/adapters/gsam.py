@@ -90,10 +90,3 @@ class GsamEncoder(AdaptedEncoder):
             if index == 0:
                 x = self.pos_embed(x)
         return self.neck((x + _CNN_SCALE * cnn).permute(0, 3, 1, 2))
-
-    def embed_patches(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, H // 8, W // 8, C): enlarged by the overlap, then cut as SAM does."""
-        overlap = self.patch_size - self.stride
-        size = [side + overlap for side in image.shape[-2:]]
-        enlarged = F.interpolate(image, size, mode="bilinear", align_corners=False)
-        return self.patch_embed(enlarged)

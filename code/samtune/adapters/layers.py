@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from samtune.models.attention import in_windows
 from samtune.models.mask_decoder import ClassDecoder, masks_read
@@ -65,6 +66,16 @@ class AdaptedEncoder(nn.Module):
     def stride(self) -> int:
         """From one patch to the next, pixels."""
         return self.patch_embed.proj.stride[0]
+
+    def embed_patches(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, H // stride, W // stride, C), without positions.
+
+        Where patches overlap, the image is first enlarged by the overlap.
+        """
+        if overlap := self.patch_size - self.stride:
+            size = [side + overlap for side in image.shape[-2:]]
+            image = F.interpolate(image, size, mode="bilinear", align_corners=False)
+        return self.patch_embed(image)
 
 
 class AdaptedBlock(nn.Module):

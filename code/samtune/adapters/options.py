@@ -148,3 +148,64 @@ class GsamOptions:
         "leave the encoder's position convolution at its random start, as published; also for "
         "published checkpoints",
     )
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """Adapter lora"""
+
+    form: str = option(
+        "samed",
+        "'samed': low-rank terms of a block's input on its q and v, as SAMed's; 'gsam': one map, "
+        "the same for all heads, of each head's projected q, k and v, as G-SAM's",
+        ("samed", "gsam"),
+    )
+    rank: int = option(4, "samed: channels between the two factors of a term")
+    alpha: float = option(0.0, "samed: terms are scaled by alpha / rank; 0: by 1")
+    targets: str = option("q,v", "samed: which of q,k,v have a term, with commas between")
+    adapt_decoder: bool = option(
+        False, "samed: the mask decoder's transformer stays frozen and has such terms too"
+    )
+
+    def __post_init__(self):
+        if self.form == "gsam":
+            _refuse(self, ("rank", "alpha", "targets", "adapt_decoder"), "--form gsam")
+        if self.rank < 1 or self.alpha < 0:
+            raise UserError("--rank must be at least 1 and --alpha at least 0")
+        targets = self.targets.split(",")
+        if not set(targets) <= {"q", "k", "v"} or len(set(targets)) < len(targets):
+            raise UserError(f"--targets {self.targets}: expected some of q,k,v, each once")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank if self.alpha else 1.0
+
+
+@dataclass(frozen=True)
+class ConvLoraOptions:
+    """Adapter conv_lora"""
+
+    form: str = option(
+        "original",
+        "'original': a low-rank term of a block's input with one of several convolutions inside, "
+        "as the paper's authors'; 'gsam': on each head's projected q, k and v, as G-SAM's",
+        ("original", "gsam"),
+    )
+    rank: int = option(3, "original: channels between the two factors of a term")
+    alpha: float = option(32.0, "original: terms are scaled by alpha / rank")
+    experts: int = option(8, "original: convolutions to choose from, at scales 1, 2, 3, ...")
+
+    def __post_init__(self):
+        if self.form == "gsam":
+            _refuse(self, ("rank", "alpha", "experts"), "--form gsam")
+        if self.rank < 1 or self.alpha <= 0:
+            raise UserError("--rank must be at least 1 and --alpha above 0")
+        if self.experts < 2:
+            raise UserError("--experts must be at least 2: with one there is nothing to choose")
+
+
+def _refuse(options, names: tuple[str, ...], reason: str) -> None:
+    """Raise UserError if any of the named options was given."""
+    for f in fields(options):
+        if f.name in names and getattr(options, f.name) != f.default:
+            raise UserError(f"--{f.name} means nothing with {reason}")

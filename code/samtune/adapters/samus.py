@@ -59,11 +59,8 @@ class SamusEncoder(AdaptedEncoder):
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) normalised, sides multiples of the stride -> (B, C', h, w)."""
         branch = self.cnn_embed(image)  # (B, C, h, w)
-        height, width = image.shape[-2:]
-        overlap = self.patch_size - self.stride
-        size = (height + overlap, width + overlap)
-        x = self.patch_embed(F.interpolate(image, size, mode="bilinear", align_corners=False))
-        x = x + self.input_Adapter(x)  # (B, h, w, C)
+        x = self.embed_patches(image)  # (B, h, w, C)
+        x = x + self.input_Adapter(x)
         x = x + self.positions(x.shape[1:3])
         for block in self.blocks:
             if isinstance(block, CrossBranchBlock):

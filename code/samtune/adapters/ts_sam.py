@@ -91,7 +91,7 @@ class TwoStreamSam(PromptedSam):
         prompts: Prompts = NO_PROMPT,
         frame_size: tuple[int, int] | None = None,
     ) -> Prediction:
-        """Features of B images -> logits (R, 1, 4h, 4w). frame_size: means nothing without prompts."""
+        """Features of B images -> logits (R, 1, 4h, 4w); frame_size says nothing here."""
         if prompts.image_index is not None:
             features = Pyramid(*(feature[prompts.image_index] for feature in features))
         return Prediction(self.mask_decoder(features))
