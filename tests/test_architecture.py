@@ -31,6 +31,7 @@ ONLY_IN = {
     "torch.distributed": {"engine/distributed.py", "../torchrun.py"},
     "torch.nn.parallel": {"engine/distributed.py"},
     "segment_anything": {"models/"},
+    "timm": {"models/tiny_vit.py"},
 }
 TORCH_FREE = ["errors", "config", "flags", "run_folder", "adapters", "models"]
 

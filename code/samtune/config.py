@@ -34,7 +34,15 @@ class ModelOptions:
         ("auto", "adapter", "all"),
     )
     image_size: int = option(
-        0, "side of the square that the model sees, pixels, a multiple of 16; 0: the model's own"
+        0,
+        "side of the square that the model sees, pixels, a multiple of 16 (samus: of 8; gsam: any "
+        "from 16 on); 0: the adapter's own if it has one, else the model's",
+    )
+    normalisation: str = option(
+        "sam",
+        "how the weights want pixels: 'sam': SAM's mean and deviation (MobileSAM's and micro-sam's "
+        "weights too); 'unit': 0..1 (MedSAM's); 'gsam': those of published GSAM weights",
+        ("sam", "unit", "gsam"),
     )
 
 

@@ -56,11 +56,13 @@ def run(config: EvaluateConfig, process: Process) -> dict:
         folder = RunFolder(wanted.output_dir or file.parent)
         pairs = load_pairs("test", test.test_image_dir, test.test_mask_dir, test.test_slice, read)
         models = {"tuned": load_trained(file, wanted.checkpoint)}
-        if wanted.zero_shot:
-            models["zero_shot"] = load_untuned(file, wanted.checkpoint)
+        if wanted.zero_shot and (untuned := load_untuned(file, wanted.checkpoint)):
+            models["zero_shot"] = untuned
         if process.is_main:
             folder.path.mkdir(parents=True, exist_ok=True)
     logbook = Logbook.console(process)
+    if wanted.zero_shot and "zero_shot" not in models:
+        logbook.say("SAM itself cannot take frames of this size, so it is not scored beside")
     report = check_pairs("test", pairs, read, models["tuned"].image_size, process, logbook)
     with distributed.together():
         asked = usable("test", pairs, report, prompts, logbook)

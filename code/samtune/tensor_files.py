@@ -15,15 +15,19 @@ from torch import Tensor
 
 from samtune.errors import UserError
 
-_WRAPPERS = ("model", "state_dict", "model_state_dict")  # common keys around a state dict
+# Common keys around a state dict, and common beginnings of all its names (the last two are
+# torch_em's and micro-sam's).
+_WRAPPERS = ("model", "state_dict", "model_state_dict", "model_state")
+_PREFIXES = ("module.", "sam.")
 CHUNK = 1 << 20  # bytes
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """The tensors in a .pth, .pt or .safetensors file, by name, on the CPU.
 
-    A surrounding {"model": ...} (or "state_dict", "model_state_dict") and the prefix `module.` are
-    taken off. Nothing in the file is executed. Raises UserError when it is no such file.
+    A surrounding {"model": ...} (or another of `_WRAPPERS`) and the prefixes `module.` and `sam.`,
+    where all names have them, are taken off. Nothing in the file is executed. Raises UserError when
+    it is no such file.
     """
     state = read_tensors(path)
     while isinstance(state, dict) and (inner := [k for k in _WRAPPERS if k in state]):
@@ -32,8 +36,9 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"{path} does not hold tensors by name, so it is no checkpoint")
     if strange := [name for name, value in state.items() if not isinstance(value, Tensor)]:
         raise UserError(f"{path} is no checkpoint: its entry {strange[0]!r} is not a tensor")
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    for prefix in _PREFIXES:
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return dict(state)
 
 

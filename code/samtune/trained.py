@@ -10,6 +10,7 @@ from samtune.adapters import ADAPTERS, build_model, build_untuned
 from samtune.config import ModelOptions
 from samtune.engine.checkpoint import load_adapted, read_metadata
 from samtune.errors import UserError
+from samtune.models import MODEL_TYPES
 from samtune.models.segmenter import PromptedSam
 from samtune.models.weights import find_checkpoint
 from samtune.tensor_files import file_sha256
@@ -29,7 +30,7 @@ def load_trained(path: str | Path, checkpoint: str = "") -> PromptedSam:
     base = base_file(metadata, checkpoint)
     model = build_model(
         options,
-        options_of(metadata, adapter.options),
+        adapter.without_start(options_of(metadata, adapter.options)),
         metadata["config"]["prompt"],
         base,
         metadata["config"]["seed"],
@@ -39,9 +40,14 @@ def load_trained(path: str | Path, checkpoint: str = "") -> PromptedSam:
     return model.eval()
 
 
-def load_untuned(path: str | Path, checkpoint: str = "") -> PromptedSam:
-    """The same SAM as `load_trained`, before any training."""
+def load_untuned(path: str | Path, checkpoint: str = "") -> PromptedSam | None:
+    """The same SAM as `load_trained`, before any training.
+
+    None where the run's frame is none for SAM itself, whose patches must fill it.
+    """
     metadata = read_metadata(trained_file(path))
+    if metadata["image_size"] % MODEL_TYPES[metadata["model_type"]].patch_size:
+        return None
     base = base_file(metadata, checkpoint)
     seed = metadata["config"]["seed"]
     return build_untuned(options_of(metadata, ModelOptions), base, seed).eval()

@@ -1,19 +1,14 @@
 """A SAM small enough to build and train in milliseconds."""
 
-from dataclasses import replace
-
 import pytest
+from tiny_models import TINY
 
 from samtune.models import MODEL_TYPES, ModelType
 
 
 @pytest.fixture
 def tiny(monkeypatch) -> ModelType:
-    """Stock classes, 2 blocks of width 32, 64 px; also under the name `tiny` in the table."""
-    sizes = replace(
-        MODEL_TYPES["vit_mini"], embed_dim=32, depth=2, num_heads=2, global_blocks=(1,),
-        image_size=64, window_size=3, prompt_embed_dim=32, decoder_heads=4, decoder_mlp_dim=32,
-        iou_head_hidden_dim=16,
-    )  # fmt: skip
-    monkeypatch.setitem(MODEL_TYPES, "tiny", sizes)
-    return sizes
+    """A small ViT; the table of model types holds it under `tiny`, and a TinyViT as `tiny_t`."""
+    for name, row in TINY.items():
+        monkeypatch.setitem(MODEL_TYPES, name, row)
+    return TINY["tiny"]

@@ -1,32 +1,130 @@
-"""What every adapter must do, whatever it is."""
+"""What every adapter must do, whatever it is, on every backbone that it fits."""
+
+from functools import partial
 
 import pytest
 import torch
 
-from samtune.adapters import ADAPTERS, build_model
-from samtune.adapters.options import SamAdapterOptions
+from samtune.adapters import ADAPTERS, build_model, build_untuned
+from samtune.adapters.options import (
+    AdaptFormerOptions,
+    ConvLoraOptions,
+    GsamOptions,
+    LoraOptions,
+    SamAdapterOptions,
+    SamusOptions,
+    TsSamOptions,
+)
 from samtune.config import ModelOptions
+from samtune.engine.checkpoint import load_adapted, save_adapted
+from samtune.errors import UserError
 from samtune.models.sam import build_sam
 from samtune.structures import Prompts
 
-VARIANTS = [(name, adapter.options()) for name, adapter in ADAPTERS.items()] + [
+SMALL = {"gsam": GsamOptions(resnet_depth=18)}  # where the default is large
+VARIANTS = [(name, SMALL.get(name, adapter.options())) for name, adapter in ADAPTERS.items()] + [
     ("sam_adapter", SamAdapterOptions(tune_out=12, hidden_dim=6)),
     ("sam_adapter", SamAdapterOptions(variant="official")),
     ("sam_adapter", SamAdapterOptions(variant="official", embedding="straight")),
+    ("ts_sam", TsSamOptions(use_fft=True, embedding="straight")),
+    ("ts_sam", TsSamOptions(csa_blocks="1", mrm_blocks="none", scale_factor=3)),
+    ("adaptformer", AdaptFormerOptions(bottleneck=5, scale=0.3, learn_scale=True, dropout=0)),
+    ("adaptformer", AdaptFormerOptions("gsam")),
+    ("adaptformer", AdaptFormerOptions("spatial", bottleneck=4, dilations="2,3")),
+    ("samus", SamusOptions(cnn_width=8)),
+    ("samus", SamusOptions(cnn_width=8, freeze_decoder=True)),
+    ("gsam", GsamOptions(resnet_depth=18, freeze_peg=True)),
+    ("lora", LoraOptions(rank=2, alpha=6, targets="k,v,q", adapt_decoder=True)),
+    ("lora", LoraOptions(form="gsam")),
+    ("conv_lora", ConvLoraOptions(rank=2, alpha=4, experts=3)),
+    ("conv_lora", ConvLoraOptions(form="gsam")),
+]
+BACKBONES = {"vit": "tiny", "tiny_vit": "tiny_t"}  # the small model type of each family
+MODELS = [
+    pytest.param(BACKBONES[backbone], name, options, id=f"{name}-{index}-{BACKBONES[backbone]}")
+    for index, (name, options) in enumerate(VARIANTS)
+    for backbone in ADAPTERS[name].backbones
+    if (backbone, getattr(options, "form", "")) != ("tiny_vit", "spatial")  # which is refused
 ]
 CASES = [
-    pytest.param(name, options, prompt, id=f"{name}-{index}-{prompt}")
-    for index, (name, options) in enumerate(VARIANTS)
-    for prompt in ADAPTERS[name].prompts
+    pytest.param(*model.values, prompt, id=f"{model.id}-{prompt}")
+    for model in MODELS
+    for prompt in ADAPTERS[model.values[1]].prompts
+]
+# What an adapter leaves out of SAM; the others leave out nothing.
+LEFT_OUT = {
+    "ts_sam": ("prompt_encoder.", "mask_decoder."),
+    "gsam": ("image_encoder.pos_embed",),
+}
+# Training begins at SAM itself.
+SILENT = [
+    model
+    for model in MODELS
+    if model.values[1] in ("lora", "conv_lora")
+    or getattr(model.values[2], "form", "") == "original"
 ]
 
 
 @pytest.fixture
 def checkpoint(tmp_path, tiny):
-    torch.manual_seed(11)
-    path = tmp_path / "tiny.pth"
-    torch.save(build_sam(tiny).state_dict(), path)
-    return path
+    """Makes base weights: no tensor at zero, which would hide what depends on it."""
+
+    def make(model_type: str):
+        torch.manual_seed(11)
+        state = build_sam(model_type).state_dict()
+        for tensor in state.values():
+            if tensor.is_floating_point():
+                tensor.add_(0.1 * torch.randn(tensor.shape).abs())
+        torch.save(state, tmp_path / f"{model_type}.pth")
+        return tmp_path / f"{model_type}.pth"
+
+    return make
+
+
+def asked_of(model_type: str, name: str, **changes) -> ModelOptions:
+    """Frames of 64 px, also for an adapter whose own frame is another."""
+    return ModelOptions(**{"model_type": model_type, "adapter": name, "image_size": 64} | changes)
+
+
+def build(checkpoint, model_type, name, options, prompt, seed=1, **changes):
+    model_options = asked_of(model_type, name, **changes)
+    return build_model(model_options, options, prompt, checkpoint(model_type), seed)
+
+
+def stir(model: torch.nn.Module) -> None:
+    """Move what trains off its zeros, which would hide what has no effect."""
+    generator = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += 0.02 * torch.randn(p.shape, generator=generator)
+
+
+def loss_of(prediction) -> torch.Tensor:
+    """Of the logits and of what the adapter adds."""
+    return prediction.logits.float().square().mean() + sum((prediction.aux or {}).values())
+
+
+def logits_side(name: str, frame: int) -> int:
+    """Four logits per patch and side; patches may overlap."""
+    return 4 * frame // (ADAPTERS[name].stride or 16)
+
+
+def resized_by(model_type: str, name: str) -> set[str]:
+    """What a frame of 64 px resizes, which only patches that overlap do."""
+    if not ADAPTERS[name].stride:
+        return set()
+    return {f"image_encoder.blocks.1.attn.rel_pos_{axis}" for axis in "hw"}
+
+
+def moving_buffers(model) -> set[str]:
+    """The statistics of what trains."""
+    return {
+        f"{name}.{buffer}"
+        for name, module in model.named_modules()
+        if any(p.requires_grad for p in module.parameters(recurse=False))
+        for buffer, _ in module.named_buffers(recurse=False)
+    }
 
 
 def ask(prompt: str) -> tuple[torch.Tensor, Prompts]:
@@ -36,65 +134,96 @@ def ask(prompt: str) -> tuple[torch.Tensor, Prompts]:
     return image, Prompts(boxes=boxes if prompt == "box" else None)
 
 
-@pytest.mark.parametrize(("name", "options", "prompt"), CASES)
+@pytest.mark.parametrize(("model_type", "name", "options", "prompt"), CASES)
 @pytest.mark.parametrize("train", ["adapter", "all"])
-def test_what_trains_and_what_does_not(checkpoint, name, options, prompt, train):
+def test_what_trains_and_what_does_not(checkpoint, model_type, name, options, prompt, train):
     """Each trainable parameter gets a gradient, and a step changes nothing else."""
-    model_options = ModelOptions(model_type="tiny", adapter=name, train=train)
-    model = build_model(model_options, options, prompt, checkpoint, seed=1).train()
+    model = build(checkpoint, model_type, name, options, prompt, train=train).train()
+    stir(model)
     image, prompts = ask(prompt)
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     before = {n: t.clone() for n, t in model.state_dict().items()}
     prediction = model(image, prompts, torch.tensor([[64, 64], [40, 64]]))
-    assert prediction.logits.shape == (2, 1, 16, 16)
-    prediction.logits.square().mean().backward()
+    assert prediction.logits.shape == (2, 1, logits_side(name, 64), logits_side(name, 64))
+    loss_of(prediction).backward()
 
     without = {n for n, p in model.named_parameters() if p.grad is None}
     assert without.isdisjoint(trainable), "distributed training would fail"
     assert without | trainable.keys() == {n for n, _ in model.named_parameters()}
     torch.optim.AdamW(trainable.values(), lr=0.01).step()
     changed = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
-    assert changed == trainable.keys()
+    assert changed == trainable.keys() | moving_buffers(model)
 
 
-@pytest.mark.parametrize(("name", "options", "prompt"), CASES)
-def test_names_and_counts_of_the_base_stay(checkpoint, name, options, prompt):
+@pytest.mark.parametrize(("model_type", "name", "options", "prompt"), CASES)
+def test_names_and_counts_of_the_base_stay(checkpoint, model_type, name, options, prompt):
     """What the base checkpoint brought is still there under its name, with its value."""
-    model_options = ModelOptions(model_type="tiny", adapter=name)
-    model = build_model(model_options, options, prompt, checkpoint, seed=1)
-    base, state = torch.load(checkpoint, weights_only=True), model.state_dict()
-    assert all(torch.equal(state[key], base[key]) for key in base)
-    assert model.base_keys | model.own_keys == base.keys()
-    assert set(model.load_report.new) == state.keys() - base.keys()
+    model = build(checkpoint, model_type, name, options, prompt)
+    base, state = torch.load(checkpoint(model_type), weights_only=True), model.state_dict()
+    left_out = {key for key in base if key.startswith(LEFT_OUT.get(name, ("no such part",)))}
+    kept, resized = base.keys() - left_out, resized_by(model_type, name)
+    assert all(torch.equal(state[key], base[key]) for key in kept - resized)
+    assert model.base_keys | model.own_keys == kept
+    assert set(model.load_report.loaded) == kept - resized
+    assert set(model.load_report.resized) == resized
+    assert set(model.load_report.new) == state.keys() - kept
+    assert set(model.load_report.unused) == left_out
 
 
-@pytest.mark.parametrize(("name", "options", "prompt"), CASES)
-def test_forward_in_bf16_is_finite(checkpoint, name, options, prompt):
-    model_options = ModelOptions(model_type="tiny", adapter=name)
-    model = build_model(model_options, options, prompt, checkpoint, seed=1).train()
+@pytest.mark.parametrize(("model_type", "name", "options", "prompt"), CASES)
+def test_what_was_tuned_comes_back_bit_for_bit(
+    checkpoint, tmp_path, model_type, name, options, prompt
+):
+    """The file holds what trains and its statistics, by names that do not depend on the seed."""
+    model = build(checkpoint, model_type, name, options, prompt).train()
+    stir(model)
+    image, prompts = ask(prompt)
+    loss_of(model(image, prompts)).backward()
+    torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01).step()
+    save_adapted(tmp_path / "best.safetensors", model, {})
+    other = build(checkpoint, model_type, name, options, prompt, seed=2)
+    loaded = load_adapted(other, tmp_path / "best.safetensors")
+    trains = {n for n, p in model.named_parameters() if p.requires_grad}
+    new = model.state_dict().keys() - model.base_keys
+    assert set(loaded) == trains | moving_buffers(model) | new
+    assert all(torch.equal(t, model.state_dict()[n]) for n, t in other.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(other(image, prompts).logits, model.eval()(image, prompts).logits)
+
+
+@pytest.mark.parametrize(("model_type", "name", "options", "prompt"), CASES)
+def test_forward_in_bf16_is_finite(checkpoint, model_type, name, options, prompt):
+    model = build(checkpoint, model_type, name, options, prompt).train()
     image, prompts = ask(prompt)
     with torch.autocast("cpu", torch.bfloat16):
-        logits = model(image, prompts).logits
-    logits.float().square().mean().backward()
-    assert logits.isfinite().all()
+        prediction = model(image, prompts)
+    loss_of(prediction).backward()
+    assert prediction.logits.isfinite().all()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert gradients and all(g.isfinite().all() for g in gradients)
 
 
-@pytest.mark.parametrize(("name", "options"), VARIANTS)
-def test_another_image_size(checkpoint, name, options):
-    model_options = ModelOptions(model_type="tiny", adapter=name, image_size=96)
-    model = build_model(model_options, options, "none", checkpoint, seed=1)
-    assert model(torch.zeros(1, 3, 96, 96, dtype=torch.uint8)).logits.shape == (1, 1, 24, 24)
-    assert "image_encoder.pos_embed" in model.load_report.resized
+@pytest.mark.parametrize(("model_type", "name", "options"), MODELS)
+def test_another_image_size(checkpoint, model_type, name, options):
+    model = build(checkpoint, model_type, name, options, "none", image_size=96)
+    logits = model(torch.zeros(1, 3, 96, 96, dtype=torch.uint8)).logits
+    assert logits.shape == (1, 1, logits_side(name, 96), logits_side(name, 96))
+    assert model.image_size == 96
+    assert bool(model.load_report.resized) == (model_type == BACKBONES["vit"])
 
 
-@pytest.mark.parametrize(("name", "options"), VARIANTS)
-def test_the_stock_predictor_takes_the_adapted_model(checkpoint, name, options):
+@pytest.mark.parametrize(
+    ("model_type", "name", "options"),
+    [model for model in MODELS if "box" in ADAPTERS[model.values[1]].prompts],
+)
+def test_the_stock_predictor_takes_the_adapted_model(checkpoint, model_type, name, options):
     from segment_anything import SamPredictor
 
-    model_options = ModelOptions(model_type="tiny", adapter=name)
-    model = build_model(model_options, options, "box", checkpoint, seed=1)
+    model = build(checkpoint, model_type, name, options, "box")
+    if name == "gsam":
+        with pytest.raises(UserError, match="no stock SAM"):
+            model.as_sam()
+        return
     image, prompts = ask("box")
     predictor = SamPredictor(model.as_sam())
     predictor.set_image(image[0].permute(1, 2, 0).contiguous().numpy())
@@ -104,12 +233,57 @@ def test_the_stock_predictor_takes_the_adapted_model(checkpoint, name, options):
     assert torch.allclose(torch.from_numpy(logits), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "options"), VARIANTS)
-def test_encoder_and_decoder_trace_as_one_graph(checkpoint, name, options):
-    """torch.compile meets nothing that it must leave to Python."""
-    model_options = ModelOptions(model_type="tiny", adapter=name)
-    model = build_model(model_options, options, "box", checkpoint, seed=1)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
+@pytest.mark.parametrize(("model_type", "name", "options"), SILENT)
+def test_the_start_is_sam(checkpoint, model_type, name, options):
+    """Where the method says so, in training too."""
+    model = build(checkpoint, model_type, name, options, "box")
+    untuned = build_untuned(asked_of(model_type, name), checkpoint(model_type), seed=1)
     image, prompts = ask("box")
     with torch.no_grad():
+        expected = untuned(image, prompts).logits
+        assert torch.allclose(model(image, prompts).logits, expected, atol=1e-5)
+        assert torch.allclose(model.train()(image, prompts).logits, expected, atol=1e-5)
+
+
+@pytest.fixture
+def nothing_compiled():
+    """The limit of compiled versions of one function counts those of earlier tests."""
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+@pytest.mark.parametrize(("model_type", "name", "options"), MODELS)
+def test_encoder_and_decoder_trace_as_one_graph(checkpoint, model_type, name, options):
+    """torch.compile meets nothing that it must leave to Python."""
+    prompt = ADAPTERS[name].prompts[0]
+    model = build(checkpoint, model_type, name, options, prompt)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    image, prompts = ask(prompt)
+    with torch.no_grad():
         assert torch.equal(compiled(image, prompts).logits, model(image, prompts).logits)
+
+
+@pytest.mark.usefixtures("nothing_compiled")
+@pytest.mark.parametrize(("model_type", "name", "options"), MODELS)
+def test_blocks_compile_in_training(checkpoint, model_type, name, options):
+    """Each block is one graph forward and backward, with the values and gradients of plain Python.
+
+    Random numbers are drawn alike in both.
+    """
+    prompt = ADAPTERS[name].prompts[0]
+    image, prompts = ask(prompt)
+
+    def train(compiled: bool):
+        model = build(checkpoint, model_type, name, options, prompt).train()
+        stir(model)
+        if compiled:
+            for block in model.image_encoder.blocks:
+                block.compile(backend="eager", fullgraph=True)
+        torch.manual_seed(3)
+        prediction = model(image, prompts)
+        loss_of(prediction).backward()
+        return prediction.logits, [p.grad for p in model.parameters() if p.requires_grad]
+
+    (expected, gradients), (logits, compiled_gradients) = train(False), train(True)
+    assert torch.allclose(logits, expected, atol=1e-5)
+    assert all(map(partial(torch.allclose, atol=1e-5), compiled_gradients, gradients))

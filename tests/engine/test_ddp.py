@@ -9,10 +9,16 @@ import torch
 from launch import torchrun
 from worker_adapters import cases, make_pictures, train_all
 
+from samtune.adapters.options import ConvLoraOptions
 from samtune.engine.distributed import Process
 from samtune.models import MODEL_TYPES
 
 KEYS = [key for key, *_ in cases()]
+# BatchNorm's statistics count the filler of an uneven step, unlike loss and scores.
+WITHOUT_BATCH_NORM = [key for key, name, *_ in cases() if name != "gsam"]
+# Each rank draws its own noise for the gates, and balances its own images: another model by design.
+DRAWING = {key for key, _, options, *_ in cases() if options == ConvLoraOptions()}
+REPEATABLE = [key for key in KEYS if key not in DRAWING]
 
 
 @pytest.fixture(scope="module")
@@ -42,19 +48,22 @@ def test_ranks_hold_the_same_model(results, key):
         assert torch.equal(tensor, second[name]), name
 
 
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("key", WITHOUT_BATCH_NORM)
+@pytest.mark.parametrize("key", REPEATABLE)
 def test_two_processes_train_what_one_would(results, key):
     alone, first, _ = (result[key]["state"] for result in results)
     for name, tensor in alone.items():
         torch.testing.assert_close(first[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("key", WITHOUT_BATCH_NORM)
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_scores_are_those_of_one_process(results, key, split):
     """Seven pictures on two ranks: none counts twice, fillers count nothing."""
     alone, first, second = (result[key][split] for result in results)
     assert first == second
+    if key in DRAWING:
+        return
     for name, value in alone.items():
         assert first[name] == pytest.approx(value, rel=1e-4), name
 

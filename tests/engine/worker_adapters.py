@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from samtune.adapters import ADAPTERS, build_model
-from samtune.adapters.options import SamAdapterOptions
+from samtune.adapters.options import ConvLoraOptions, GsamOptions, LoraOptions, SamAdapterOptions
 from samtune.config import (
     LoaderOptions,
     LossOptions,
@@ -40,8 +40,11 @@ TINY = replace(
     MODEL_TYPES["vit_mini"], embed_dim=32, depth=2, num_heads=2, global_blocks=(1,), image_size=64,
     window_size=3, prompt_embed_dim=32, decoder_heads=4, decoder_mlp_dim=32, iou_head_hidden_dim=16,
 )  # fmt: skip
-OPTIONS = [(name, adapter.options()) for name, adapter in ADAPTERS.items()]
+SMALL = {"gsam": GsamOptions(resnet_depth=18)}  # where the default is large
+OPTIONS = [(name, SMALL.get(name, adapter.options())) for name, adapter in ADAPTERS.items()]
 OPTIONS += [("sam_adapter", SamAdapterOptions(variant="official"))]
+OPTIONS += [("lora", LoraOptions(adapt_decoder=True)), ("lora", LoraOptions(form="gsam"))]
+OPTIONS += [("conv_lora", ConvLoraOptions(form="gsam"))]
 SAMPLES = 7  # no multiple of any global batch here: the last step of an epoch is uneven
 EPOCHS = 2
 

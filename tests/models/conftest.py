@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from samtune.models import MODEL_TYPES, ModelType
+from samtune.models import MODEL_TYPES, ModelType, Stage
 
 
 @pytest.fixture
@@ -16,4 +16,15 @@ def tiny(monkeypatch) -> ModelType:
         iou_head_hidden_dim=16,
     )  # fmt: skip
     monkeypatch.setitem(MODEL_TYPES, "tiny", sizes)
+    return sizes
+
+
+@pytest.fixture
+def tiny_t(tiny, monkeypatch) -> ModelType:
+    """`tiny` with a TinyViT before its decoder: windows that need padding, and one that fits."""
+    stages = (Stage(8, 1), Stage(16, 1, 2, 3), Stage(24, 2, 3, 4), Stage(32, 1, 4, 3))
+    sizes = replace(
+        tiny, depth=5, num_heads=4, global_blocks=(), backbone="tiny_vit", stages=stages
+    )
+    monkeypatch.setitem(MODEL_TYPES, "tiny_t", sizes)
     return sizes

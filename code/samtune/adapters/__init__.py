@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from samtune.adapters.base import Adapter
-from samtune.adapters.options import DecoderOptions, SamAdapterOptions
+from samtune.adapters.options import (
+    AdaptFormerOptions,
+    ConvLoraOptions,
+    DecoderOptions,
+    GsamOptions,
+    LoraOptions,
+    SamAdapterOptions,
+    SamusOptions,
+    TsSamOptions,
+)
+from samtune.adapters.published import samed_renames
 from samtune.config import ModelOptions
 from samtune.errors import UserError
 
@@ -27,7 +37,7 @@ ADAPTERS: dict[str, Adapter] = {
         options=DecoderOptions,
         module="samtune.adapters.decoder",
         prompts=("box", "none"),
-        backbones=("vit",),
+        backbones=("vit", "tiny_vit"),
         source="Kyyle2114/Fine-tuning-Segment-Anything a7cf899",
     ),
     "sam_adapter": Adapter(
@@ -43,6 +53,91 @@ ADAPTERS: dict[str, Adapter] = {
             (r"^image_encoder\.task_adapter_blocks\.\d+\.up_projection\..*$", None),  # aliases
             (r"^(no_mask_embed\..*)$", r"prompt_encoder.\1"),
             (r"^(pe_layer\..*)$", r"prompt_encoder.\1"),
+        ),
+        needs="blocks that share one width and one grid with the patches",
+    ),
+    "ts_sam": Adapter(
+        name="ts_sam",
+        summary="a side stream beside the image encoder, refined at three scales, and a decoder of "
+        "its own",
+        options=TsSamOptions,
+        module="samtune.adapters.ts_sam",
+        prompts=("none",),
+        backbones=("vit",),
+        source="arXiv 2408.01835; maoyangou147/TS-SAM edd171c",
+        needs="blocks that share one width and one grid with the patches",
+    ),
+    "adaptformer": Adapter(
+        name="adaptformer",
+        summary="adds a bottleneck beside the MLP of every block of the image encoder",
+        options=AdaptFormerOptions,
+        module="samtune.adapters.adaptformer",
+        prompts=("box", "none"),
+        backbones=("vit", "tiny_vit"),
+        source="arXiv 2205.13535; ShoufaChen/AdaptFormer 6967d67 (original), "
+        "usagisukisuki/G-SAM 31dfd1c (gsam, spatial; arXiv 2408.12406)",
+    ),
+    "samus": Adapter(
+        name="samus",
+        summary="adds a convolution branch that the blocks of global attention read, at 256 px",
+        options=SamusOptions,
+        module="samtune.adapters.samus",
+        prompts=("box", "none"),
+        backbones=("vit",),
+        source="arXiv 2309.06824; xianlin7/SAMUS 030ed07",
+        image_size=256,
+        stride=8,
+        needs="patches that can overlap",
+    ),
+    "gsam": Adapter(
+        name="gsam",
+        summary="takes images of any size and aspect, with a CNN beside the image encoder",
+        options=GsamOptions,
+        module="samtune.adapters.gsam",
+        prompts=("box", "none"),
+        backbones=("vit",),
+        source="arXiv 2408.12406; usagisukisuki/G-SAM 31dfd1c",
+        renames=(  # the CNN lies in published files twice; its end, which nothing reads, once
+            (r"^image_encoder\.cnn_embed\.backbone\.(layer4|fc)\..*$", None),
+            (r"^(image_encoder\.cnn_embed\.)backbone\.layer1(\..*)$", r"\1res2\2"),
+            (r"^(image_encoder\.cnn_embed\.)backbone\.layer2(\..*)$", r"\1res3\2"),
+            (r"^(image_encoder\.cnn_embed\.)backbone\.layer3(\..*)$", r"\1res4\2"),
+            (r"^(image_encoder\.cnn_embed\.)backbone\.(.*)$", r"\1\2"),
+        ),
+        image_size=256,
+        stride=8,
+        needs="patches that can overlap",
+        any_size=True,
+        start_options=("cnn_weights",),
+    ),
+    "lora": Adapter(
+        name="lora",
+        summary="adds low-rank terms to q and v of every attention in the image encoder",
+        options=LoraOptions,
+        module="samtune.adapters.lora",
+        prompts=("box", "none"),
+        backbones=("vit", "tiny_vit"),
+        source="arXiv 2106.09685; hitachinsk/SAMed e351840 (samed), "
+        "usagisukisuki/G-SAM 31dfd1c (gsam)",
+        mergeable=True,
+        renames=(
+            (r"^(image_encoder\.blocks\.\d+)\.(lora_[qkv]\..*)$", r"\1.attn.qkv.\2"),
+            (r"^(.*\.attn\.qkv)\.qkv\.(weight|bias)$", r"\1.\2"),
+            *samed_renames(),
+        ),
+    ),
+    "conv_lora": Adapter(
+        name="conv_lora",
+        summary="adds a low-rank term with a mixture of convolutions to q, k and v of every block",
+        options=ConvLoraOptions,
+        module="samtune.adapters.conv_lora",
+        prompts=("box", "none"),
+        backbones=("vit", "tiny_vit"),
+        source="arXiv 2401.17868; autogluon/autogluon f34ebb4f6 (original), "
+        "usagisukisuki/G-SAM 31dfd1c (gsam)",
+        renames=(
+            (r"^(image_encoder\.blocks\.\d+)\.(lora_[qkv]\..*)$", r"\1.attn.qkv.\2"),
+            (r"^.*\.lora_moe_gating\.(mean|std)$", None),  # of the normal distribution: 0 and 1
         ),
     ),
 }
@@ -67,7 +162,11 @@ def build_model(
         raise UserError(f"--adapter {options.adapter}: choose from {', '.join(ADAPTERS)}")
     adapter = ADAPTERS[options.adapter]
     adapter.check(options, prompt)
-    sam, report = _frozen_base(options, checkpoint, seed)
+    base = replace(options, image_size=0) if adapter.any_size else options
+    sam, report = _frozen_base(base, checkpoint, seed, adapter.stride)
+    if adapter.any_size and options.image_size:
+        sam.image_encoder.img_size = options.image_size
+        sam.prompt_encoder.input_image_size = (options.image_size, options.image_size)
     with seeded(seed + 1):
         model = adapter.build(sam, adapter_options)
     if options.train == "all" or (options.train == "auto" and checkpoint is None):
@@ -77,7 +176,9 @@ def build_model(
 
 
 def build_untuned(options: ModelOptions, checkpoint: Path | None, seed: int) -> PromptedSam:
-    """Stock SAM, all frozen: what `build_model` starts from with the same arguments."""
+    """Stock SAM in the adapter's frame, all frozen: what `build_model` with the same arguments
+    starts from, but that patches lie side by side.
+    """
     from samtune.models.segmenter import PromptedSam
 
     sam, report = _frozen_base(options, checkpoint, seed)
@@ -85,23 +186,37 @@ def build_untuned(options: ModelOptions, checkpoint: Path | None, seed: int) -> 
 
 
 def _frozen_base(
-    options: ModelOptions, checkpoint: Path | None, seed: int
+    options: ModelOptions, checkpoint: Path | None, seed: int, stride: int = 0
 ) -> tuple[Sam, LoadReport | None]:
     from samtune.adapters.layers import seeded
     from samtune.models.sam import build_sam
     from samtune.models.weights import load_base
 
+    image_size = options.image_size or ADAPTERS[options.adapter].image_size
     with seeded(seed):
-        sam = build_sam(options.model_type, options.image_size)
+        sam = build_sam(
+            options.model_type,
+            image_size,
+            stride=stride,
+            normalisation=options.normalisation,
+        )
     report = load_base(sam, checkpoint) if checkpoint else None
     return sam.requires_grad_(False), report
 
 
 def _account(model: PromptedSam, report: LoadReport | None) -> PromptedSam:
-    """Note which tensors the base checkpoint brought, and which are the adapter's own."""
+    """Note which tensors the base checkpoint brought, and which are the adapter's own.
+
+    What the adapter left out of SAM counts as unused.
+    """
     if report is not None:
-        base = {*report.loaded, *report.resized}
-        new = tuple(name for name in model.state_dict() if name not in base)
-        model.load_report = replace(report, new=new)
-        model.base_keys = frozenset(base) - model.own_keys
+        base, names = {*report.loaded, *report.resized}, model.state_dict().keys()
+        model.load_report = replace(
+            report,
+            loaded=tuple(name for name in report.loaded if name in names),
+            resized=tuple(name for name in report.resized if name in names),
+            new=tuple(name for name in names if name not in base and name not in report.reset),
+            unused=report.unused + tuple(sorted(base - names)),
+        )
+        model.base_keys = frozenset(base & names) - model.own_keys
     return model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from samtune.config import ModelOptions
@@ -11,6 +11,8 @@ from samtune.errors import UserError
 from samtune.models import MODEL_TYPES
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from samtune.models.sam import Sam
     from samtune.models.segmenter import PromptedSam
 
@@ -21,9 +23,16 @@ class Adapter:
 
     name: as in --adapter. summary: one line for help and README. options: the dataclass of its own
     flags. module: where it is built, imported only then. prompts: values of --prompt that it takes.
-    backbones: families of image encoders that it fits. source: paper, repository and commit.
+    backbones: families of image encoders that it fits; needs: what it asks of one, for the refusal
+    of another. source: paper, repository and commit.
     renames: (regular expression, replacement) pairs from published names of tensors to ours, each
-    to be matched against a whole name; a replacement of None drops the tensor.
+    to be matched against a whole name; a replacement of None drops the tensor. image_size: side of
+    the frame, pixels, where --image_size does not say it; 0: the model type's own. stride: pixels
+    between patches that overlap, 0: side by side; see `build_image_encoder`. any_size: the frame
+    may have any size and aspect from one patch upwards; the base is made for `image_size` then,
+    whatever the frame. start_options: options that only say with which values training starts; a
+    model that is loaded is built without them. mergeable: the module's `merge(model)` folds what
+    was tuned into the state dict of a stock Sam.
 
     The module's `build(sam, options) -> PromptedSam` gets a stock Sam, all of it frozen and with
     its base weights in place, and may alter any part of it. What it makes trains because it is new;
@@ -40,6 +49,12 @@ class Adapter:
     backbones: tuple[str, ...]
     source: str
     renames: tuple[tuple[str, str | None], ...] = ()
+    image_size: int = 0
+    stride: int = 0
+    needs: str = ""
+    any_size: bool = False
+    start_options: tuple[str, ...] = ()
+    mergeable: bool = False
 
     def check(self, model: ModelOptions, prompt: str) -> None:
         """Refuse an impossible combination before any weight is read, with a UserError."""
@@ -54,11 +69,26 @@ class Adapter:
             )
         if MODEL_TYPES[model.model_type].backbone not in self.backbones:
             fitting = [n for n, row in MODEL_TYPES.items() if row.backbone in self.backbones]
+            needs = f": it needs {self.needs}" if self.needs else ""
             raise UserError(
-                f"--adapter {self.name} does not fit --model_type {model.model_type}; it fits "
-                f"{', '.join(fitting)}"
+                f"--adapter {self.name} does not fit --model_type {model.model_type}{needs}; it "
+                f"fits {', '.join(fitting)}"
             )
+        smallest = MODEL_TYPES[model.model_type].patch_size
+        if self.any_size and model.image_size != 0 and model.image_size < smallest:
+            raise UserError(f"--image_size {model.image_size}: it must be at least {smallest}")
+
+    def without_start(self, options):
+        """The adapter's options for a model whose tensors are about to be loaded."""
+        starting = [f for f in fields(options) if f.name in self.start_options]
+        return replace(options, **{f.name: f.default for f in starting})
 
     def build(self, sam: Sam, options) -> PromptedSam:
         """Adapt a frozen Sam in place."""
         return importlib.import_module(self.module).build(sam, options)
+
+    def merge(self, model: PromptedSam) -> dict[str, Tensor]:
+        """A stock Sam's state dict with the model's outputs. Raises UserError if there is none."""
+        if not self.mergeable:
+            raise UserError(f"--adapter {self.name} cannot be merged into SAM's own weights")
+        return importlib.import_module(self.module).merge(model)

@@ -7,8 +7,11 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from samtune.models.sam import ImageEncoderViT, Sam
+from samtune.models.attention import in_windows
+from samtune.models.mask_decoder import ClassDecoder, masks_read
+from samtune.models.sam import ImageEncoderViT, MaskDecoder, Sam
 from samtune.models.segmenter import PromptedSam
 
 
@@ -23,13 +26,17 @@ def seeded(seed: int) -> Iterator[None]:
 def thaw_decoder(sam: Sam | PromptedSam) -> None:
     """Let the mask decoder train, but for the heads that no loss reads.
 
-    These are the IoU head and the hyper-networks of the mask tokens beside the first. Without a
-    gradient they would make distributed training fail, and with a zero one only decay.
+    These are the IoU head and the hyper-networks of masks that are not the answer. Without a
+    gradient they would make distributed training fail, and with a zero one only decay. A decoder
+    that an adapter brought has no such heads.
     """
     decoder = sam.mask_decoder
     decoder.requires_grad_(True)
+    if not isinstance(decoder, MaskDecoder | ClassDecoder):
+        return
     decoder.iou_prediction_head.requires_grad_(False)
-    decoder.output_hypernetworks_mlps[1:].requires_grad_(False)
+    decoder.output_hypernetworks_mlps.requires_grad_(False)
+    decoder.output_hypernetworks_mlps[masks_read(decoder)].requires_grad_(True)
 
 
 class AdaptedEncoder(nn.Module):
@@ -55,6 +62,39 @@ class AdaptedEncoder(nn.Module):
         """Side of a patch, pixels."""
         return self.patch_embed.proj.kernel_size[0]
 
+    @property
+    def stride(self) -> int:
+        """From one patch to the next, pixels."""
+        return self.patch_embed.proj.stride[0]
+
+    def embed_patches(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, H // stride, W // stride, C), without positions.
+
+        Where patches overlap, the image is first enlarged by the overlap.
+        """
+        if overlap := self.patch_size - self.stride:
+            size = [side + overlap for side in image.shape[-2:]]
+            image = F.interpolate(image, size, mode="bilinear", align_corners=False)
+        return self.patch_embed(image)
+
+
+class AdaptedBlock(nn.Module):
+    """A base for blocks that write the forward of SAM's anew; the stock parts keep their names."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.norm1, self.attn = block.norm1, block.attn
+        self.norm2, self.mlp = block.norm2, block.mlp
+        self.window_size = block.window_size
+
+    @property
+    def embed_dim(self) -> int:
+        return self.norm2.normalized_shape[0]
+
+    def attend(self, x: Tensor) -> Tensor:
+        """The first half of the stock forward: (B, h, w, C) -> the same."""
+        return x + in_windows(self.attn, self.norm1(x), self.window_size)
+
 
 def high_pass(image: Tensor, rate: float = 0.25) -> Tensor:
     """The magnitude of what is left of an image without its low frequencies, per channel.
@@ -77,3 +117,12 @@ def _is_low(length: int, half_side: int, device: torch.device) -> Tensor:
     """(length,) bool: frequencies in [-half_side, half_side), in the order of the transform."""
     frequency = (torch.arange(length, device=device) + length // 2) % length - length // 2
     return (frequency >= -half_side) & (frequency < half_side)
+
+
+def misread_channels(patches: Tensor) -> Tensor:
+    """(B, h, w, C), its memory read as (B, C, h, w), put into the shape (B, h, w, C).
+
+    A slip of SAM-Adapter's code that TS-SAM took over; the weights of both were trained with it.
+    """
+    batch, height, width, channels = patches.shape
+    return patches.reshape(batch, channels, height, width).permute(0, 2, 3, 1)

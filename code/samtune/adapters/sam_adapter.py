@@ -17,7 +17,12 @@ import math
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from samtune.adapters.layers import AdaptedEncoder, high_pass, thaw_decoder
+from samtune.adapters.layers import (
+    AdaptedEncoder,
+    high_pass,
+    misread_channels,
+    thaw_decoder,
+)
 from samtune.adapters.options import SamAdapterOptions
 from samtune.models.sam import ImageEncoderViT, Sam
 from samtune.models.segmenter import PromptedSam
@@ -93,7 +98,7 @@ class OfficialEncoder(AdaptedEncoder):
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) normalised -> (B, C', h, w)."""
         patches = self.patch_embed(image)  # (B, h, w, C), before positions are added
-        tokens = _misread_channels(patches) if self.published else patches
+        tokens = misread_channels(patches) if self.published else patches
         generator = self.prompt_generator
         features = generator.features(tokens, high_pass(image))  # (B, h, w, d)
         x = patches + self.pos_embed
@@ -142,9 +147,3 @@ class HighFrequencyEmbedding(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         return self.proj(image).permute(0, 2, 3, 1)
-
-
-def _misread_channels(patches: Tensor) -> Tensor:
-    """(B, h, w, C), its memory read as (B, C, h, w), put into the shape (B, h, w, C)."""
-    batch, height, width, channels = patches.shape
-    return patches.reshape(batch, channels, height, width).permute(0, 2, 3, 1)

@@ -3,8 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 _OFFICIAL = "https://dl.fbaipublicfiles.com/segment_anything/"
+
+
+# What becomes of a pixel of 0..255: (mean, deviation) per channel, by the name of --normalisation.
+# It belongs to the weights: those of SAM, those that were trained on 0..1 (MedSAM), and those of
+# usagisukisuki/G-SAM 31dfd1c.
+NORMALISATIONS = {
+    "sam": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+    "unit": ((0.0, 0.0, 0.0), (255.0, 255.0, 255.0)),
+    "gsam": ((118.83, 120.105, 96.9), (49.725, 49.47, 48.96)),
+}
+
+
+class Stage(NamedTuple):
+    """One stage of a TinyViT: `blocks` of `width` channels that attend to windows of `window`.
+
+    The first stage only convolves; its heads and windows mean nothing.
+    """
+
+    width: int
+    blocks: int
+    heads: int = 1
+    window: int = 7
 
 
 @dataclass(frozen=True)
@@ -15,8 +38,11 @@ class ModelType:
     global_blocks: the blocks that attend to the whole grid, the others to windows of `window_size`
     tokens. image_size, patch_size: pixels. prompt_embed_dim: channels of features and prompts.
     decoder_*, iou_head_*: the mask decoder; multimask_outputs: its masks beside the first one.
-    backbone: the family of the image encoder; adapters say which they fit.
-    file, url, sha256: the official checkpoint; empty where there is none.
+    backbone: the family of the image encoder, 'vit' or 'tiny_vit'; adapters say which they fit.
+    stages: of a 'tiny_vit', whose embed_dim and num_heads are those of the last stage and whose
+    depth is the blocks of all.
+    file, url, sha256: the official checkpoint; empty where there is none. Without a digest the url
+    is a page for people, and nothing is fetched from it.
     """
 
     embed_dim: int
@@ -36,6 +62,7 @@ class ModelType:
     iou_head_hidden_dim: int = 256
     multimask_outputs: int = 3
     backbone: str = "vit"
+    stages: tuple[Stage, ...] = ()
     file: str = ""
     url: str = ""
     sha256: str = ""
@@ -59,6 +86,13 @@ MODEL_TYPES: dict[str, ModelType] = {
         file="sam_vit_h_4b8939.pth",
         url=_OFFICIAL + "sam_vit_h_4b8939.pth",
         sha256="a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
+    ),
+    # MobileSAM: a distilled image encoder before SAM's own prompt encoder and mask decoder.
+    "vit_t": ModelType(
+        embed_dim=320, depth=12, num_heads=10, global_blocks=(), backbone="tiny_vit",
+        stages=(Stage(64, 2), Stage(128, 2, 4, 7), Stage(160, 6, 5, 14), Stage(320, 2, 10, 7)),
+        file="mobile_sam.pt",
+        url="https://github.com/ChaoningZhang/MobileSAM",
     ),
     # Small enough to train from random weights on two cores. Windows of 8 divide its grid of 16.
     "vit_mini": ModelType(

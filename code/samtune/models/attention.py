@@ -9,7 +9,11 @@ Source: facebookresearch/segment-anything dca509f; decomposed positions: arXiv 2
 from __future__ import annotations
 
 import torch
-from segment_anything.modeling.image_encoder import Attention
+from segment_anything.modeling.image_encoder import (
+    Attention,
+    window_partition,
+    window_unpartition,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,6 +22,8 @@ from samtune.models.positions import resize_rel_pos
 
 class RelativeAttention(nn.Module):
     """Stock's parameters under stock's names; equal to stock's forward up to rounding."""
+
+    head_major = False  # see `anatomy.QkvLayout`
 
     def __init__(self, stock: Attention):
         super().__init__()
@@ -35,6 +41,17 @@ class RelativeAttention(nn.Module):
         bias = position_bias(q, self.rel_pos_h, self.rel_pos_w, (height, width))
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.proj(x.transpose(1, 2).reshape(batch, height, width, -1))
+
+
+def in_windows(attention: nn.Module, x: Tensor, window_size: int) -> Tensor:
+    """`attention` of (B, h, w, C) tokens among those of their window; window_size 0: among all.
+
+    Windows at the border are filled up with zeros, which take part, as in stock.
+    """
+    if window_size == 0:
+        return attention(x)
+    windows, padded = window_partition(x, window_size)  # (B * windows, window, window, C)
+    return window_unpartition(attention(windows), window_size, padded, x.shape[1:3])
 
 
 def position_bias(q: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, grid: tuple[int, int]) -> Tensor:

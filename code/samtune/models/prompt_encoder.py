@@ -19,20 +19,27 @@ from torch.nn import functional as F
 from samtune.structures import Prompts
 
 
-def embed_prompts(encoder: PromptEncoder, prompts: Prompts, rows: int) -> Tensor:
+def embed_prompts(
+    encoder: PromptEncoder,
+    prompts: Prompts,
+    rows: int,
+    frame_size: tuple[int, int] | None = None,
+) -> Tensor:
     """(rows, T, C) sparse tokens: the points, then the two corners of the box.
 
-    T is N + 1 for N points alone (SAM appends one padding point), 2 for a box alone, N + 2 for
-    both, 0 without either.
+    frame_size: height and width, pixels, of the frame that the prompts lie in; None for the
+    encoder's own. T is N + 1 for N points alone (SAM appends one padding point), 2 for a box alone,
+    N + 2 for both, 0 without either.
     """
+    frame_size = frame_size or encoder.input_image_size
     tokens = []
     if prompts.points is not None:
         points, labels = prompts.points, prompts.point_labels
         if prompts.boxes is None:
             points, labels = F.pad(points, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=-1)
-        tokens.append(_embed_points(encoder, points, labels))
+        tokens.append(_embed_points(encoder, points, labels, frame_size))
     if prompts.boxes is not None:
-        corners = _encode(encoder, _to_unit(encoder, prompts.boxes.reshape(-1, 2, 2)))
+        corners = _encode(encoder, _to_unit(encoder, prompts.boxes.reshape(-1, 2, 2), frame_size))
         kinds = [encoder.point_embeddings[2].weight, encoder.point_embeddings[3].weight]
         tokens.append(corners + torch.cat(kinds))  # (R, 2, C)
     if not tokens:
@@ -56,10 +63,12 @@ def position_encoding(encoder: PromptEncoder, grid: tuple[int, int]) -> Tensor:
     return _encode(encoder, cells).permute(2, 0, 1)[None]
 
 
-def _embed_points(encoder: PromptEncoder, points: Tensor, labels: Tensor) -> Tensor:
+def _embed_points(
+    encoder: PromptEncoder, points: Tensor, labels: Tensor, frame_size: tuple[int, int]
+) -> Tensor:
     """(R, N, 2) pixels and (R, N) labels -> (R, N, C); a padding point is its vector alone."""
     label = labels[..., None]
-    encoding = _encode(encoder, _to_unit(encoder, points)).masked_fill(label == -1, 0)
+    encoding = _encode(encoder, _to_unit(encoder, points, frame_size)).masked_fill(label == -1, 0)
     kinds = (
         (-1, encoder.not_a_point_embed),
         (0, encoder.point_embeddings[0]),
@@ -70,9 +79,9 @@ def _embed_points(encoder: PromptEncoder, points: Tensor, labels: Tensor) -> Ten
     return encoding
 
 
-def _to_unit(encoder: PromptEncoder, xy: Tensor) -> Tensor:
+def _to_unit(encoder: PromptEncoder, xy: Tensor, frame_size: tuple[int, int]) -> Tensor:
     """Pixels of the frame to 0..1, taken at the pixel's centre."""
-    height, width = encoder.input_image_size
+    height, width = frame_size
     x, y = (xy.to(encoder.no_mask_embed.weight.dtype) + 0.5).unbind(-1)
     return torch.stack([x / width, y / height], dim=-1)
 

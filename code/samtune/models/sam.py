@@ -15,30 +15,42 @@ from segment_anything.modeling import (
     Sam,
     TwoWayTransformer,
 )
+from segment_anything.modeling.common import LayerNorm2d as LayerNorm2d  # for adapters too
+from torch import nn
 
 from samtune.errors import UserError
-from samtune.models import MODEL_TYPES, ModelType
+from samtune.models import MODEL_TYPES, NORMALISATIONS, ModelType
 from samtune.models.attention import RelativeAttention
 
 
-def build_sam(model_type: str | ModelType, image_size: int = 0) -> Sam:
+def build_sam(
+    model_type: str | ModelType, image_size: int = 0, stride: int = 0, normalisation: str = "sam"
+) -> Sam:
     """Stock SAM with random weights, in eval mode.
 
-    image_size: side of the square input in pixels; 0 takes the type's own. The caller seeds torch.
-    Raises UserError for an unknown type or a size that is no multiple of the patch.
+    image_size: side of the square input in pixels; 0 takes the type's own. stride: see
+    `build_image_encoder`. normalisation: a name in `NORMALISATIONS`. The caller seeds torch.
+    Raises UserError for an unknown type, a size that is no multiple of the stride, or a stride for
+    a backbone that has none.
     """
     model_type = resolve_model_type(model_type)
     image_size = image_size or model_type.image_size
-    if image_size < 1 or image_size % model_type.patch_size:
+    if stride and model_type.backbone != "vit":
+        raise UserError(f"patches of a {model_type.backbone} cannot overlap: take another type")
+    step = stride or model_type.patch_size
+    if image_size < 1 or image_size % step:
         raise UserError(
-            f"--image_size {image_size}: it must be a positive multiple of "
-            f"{model_type.patch_size} pixels, the side of a patch"
+            f"--image_size {image_size}: it must be a positive multiple of {step} pixels, the "
+            f"{'step between' if stride else 'side of'} patches"
         )
-    grid = image_size // model_type.patch_size
+    grid = image_size // step
+    mean, deviation = NORMALISATIONS[normalisation]
     sam = Sam(
-        image_encoder=build_image_encoder(model_type, image_size),
-        prompt_encoder=build_prompt_encoder(model_type, (grid, grid)),
+        image_encoder=build_image_encoder(model_type, image_size, stride),
+        prompt_encoder=build_prompt_encoder(model_type, (grid, grid), stride),
         mask_decoder=build_mask_decoder(model_type),
+        pixel_mean=mean,
+        pixel_std=deviation,
     )
     return sam.eval()
 
@@ -52,35 +64,58 @@ def resolve_model_type(model_type: str | ModelType) -> ModelType:
     return MODEL_TYPES[model_type]
 
 
-def build_image_encoder(model_type: ModelType, image_size: int) -> ImageEncoderViT:
-    """(B, 3, S, S) normalised image -> (B, prompt_embed_dim, S / patch, S / patch) features."""
+def build_image_encoder(model_type: ModelType, image_size: int, stride: int = 0) -> nn.Module:
+    """(B, 3, S, S) normalised image -> (B, prompt_embed_dim, S / patch, S / patch) features.
+
+    SAM's own ImageEncoderViT, or a TinyViTEncoder, which has no stride, where that is the type's
+    backbone. stride: pixels between patches that overlap; 0 for patches side by side. With a stride
+    the grid is S / stride, relative positions are made for it, and absolute ones keep the type's
+    own grid: an adapter that asks for this brings both image and absolute positions to the grid
+    itself.
+    """
+    if model_type.backbone == "tiny_vit":
+        from samtune.models.tiny_vit import build_tiny_vit  # it takes timm, which nobody else does
+
+        return build_tiny_vit(model_type, image_size)
+    patch = model_type.patch_size
     encoder = ImageEncoderViT(
-        img_size=image_size,
+        img_size=image_size // stride * patch if stride else image_size,
         patch_size=model_type.patch_size,
         embed_dim=model_type.embed_dim,
         depth=model_type.depth,
         num_heads=model_type.num_heads,
         mlp_ratio=model_type.mlp_ratio,
         out_chans=model_type.prompt_embed_dim,
-        norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
         use_rel_pos=True,
         window_size=model_type.window_size,
         global_attn_indexes=model_type.global_blocks,
     )
     for block in encoder.blocks:
         block.attn = RelativeAttention(block.attn)
+    if stride:
+        encoder.img_size = image_size
+        encoder.patch_embed.proj.stride = (stride, stride)
+        own = model_type.image_size // patch
+        encoder.pos_embed = nn.Parameter(torch.zeros(1, own, own, model_type.embed_dim))
     # Stock starts the position table at zero, because weights are always loaded over it.
-    torch.nn.init.trunc_normal_(encoder.pos_embed, std=0.02)
+    nn.init.trunc_normal_(encoder.pos_embed, std=0.02)
     return encoder
 
 
-def build_prompt_encoder(model_type: ModelType, grid: tuple[int, int]) -> PromptEncoder:
-    """Prompts in a frame of `grid` patches (rows, columns) -> sparse tokens and a dense map."""
+def build_prompt_encoder(
+    model_type: ModelType, grid: tuple[int, int], stride: int = 0
+) -> PromptEncoder:
+    """Prompts in a frame of `grid` patches (rows, columns) -> sparse tokens and a dense map.
+
+    stride: pixels between patches; 0 for patches side by side.
+    """
     height, width = grid
+    step = stride or model_type.patch_size
     return PromptEncoder(
         embed_dim=model_type.prompt_embed_dim,
         image_embedding_size=(height, width),
-        input_image_size=(height * model_type.patch_size, width * model_type.patch_size),
+        input_image_size=(height * step, width * step),
         mask_in_chans=model_type.mask_in_chans,
     )
 

@@ -6,7 +6,7 @@ import torch
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
-from samtune.models.mask_decoder import decode_masks
+from samtune.models.mask_decoder import ClassDecoder, decode_masks
 from samtune.models.prompt_encoder import embed_prompts, no_mask, position_encoding
 from samtune.models.weights import LoadReport
 from samtune.structures import Prediction, Prompts
@@ -20,8 +20,8 @@ class PromptedSam(nn.Module):
     The parts hang directly on this module, so names in the state dict are those of stock SAM.
     An adapter that only alters parts of `sam` returns a plain `PromptedSam`. One with another
     path from image to masks (an own decoder, other position encodings, further loss terms)
-    subclasses and overrides `encode`, `decode` or `forward`; whatever `encode` returns goes to
-    `decode` as it is, and further loss terms go into `Prediction.aux`.
+    subclasses and overrides `encode`, `image_pe`, `decode` or `forward`; whatever `encode` returns
+    goes to `decode` as it is, and further loss terms go into `Prediction.aux`.
 
     own_keys: names that the base checkpoint holds too but that an adapted checkpoint must carry.
     base_keys: names that need not be saved, as the base checkpoint brings them; empty when there is
@@ -49,32 +49,49 @@ class PromptedSam(nn.Module):
     ) -> Prediction:
         """Segment what the prompts ask for.
 
-        image: (B, 3, S, S) uint8 RGB. valid_size: (B, 2) height and width without padding, None
-        when nothing is padded. Returns logits (R, 1, 4h, 4w) for a grid of h x w patches.
+        image: (B, 3, S_h, S_w) uint8 RGB. valid_size: (B, 2) height and width without padding, None
+        when nothing is padded. Returns logits (R, C, 4h, 4w) for a grid of h x w patches; C is 1,
+        or K with a decoder for K classes.
         """
-        return self.decode(self.encode(image, valid_size), prompts)
+        return self.decode(self.encode(image, valid_size), prompts, tuple(image.shape[-2:]))
 
     def encode(self, image: Tensor, valid_size: Tensor | None = None) -> Tensor:
-        """(B, 3, S, S) uint8 -> (B, C, h, w) features, which any number of prompts can share."""
+        """(B, 3, S_h, S_w) uint8 -> (B, C, h, w) features, which any prompts can share."""
         return self.image_encoder(self.preprocess(image, valid_size))
 
-    def decode(self, features: Tensor, prompts: Prompts = NO_PROMPT) -> Prediction:
-        """(B, C, h, w) features and R prompts -> a prediction of R rows."""
+    def decode(
+        self,
+        features: Tensor,
+        prompts: Prompts = NO_PROMPT,
+        frame_size: tuple[int, int] | None = None,
+    ) -> Prediction:
+        """(B, C, h, w) features and R prompts -> a prediction of R rows.
+
+        frame_size: (S_h, S_w) of the image, in whose pixels the prompts are; None for the square
+        frame that the model was built for.
+        """
         if prompts.image_index is not None:
             features = features[prompts.image_index]
+        image_pe = self.image_pe(features)
         with torch.autocast(features.device.type, enabled=False):
-            sparse = embed_prompts(self.prompt_encoder, prompts, len(features))
+            sparse = embed_prompts(self.prompt_encoder, prompts, len(features), frame_size)
             dense = no_mask(self.prompt_encoder)
-            image_pe = position_encoding(self.prompt_encoder, features.shape[-2:])
-        return Prediction(*decode_masks(self.mask_decoder, features, image_pe, sparse, dense))
+        logits, iou = decode_masks(self.mask_decoder, features, image_pe, sparse, dense)
+        # The IoU head of a decoder for K classes starts anew and no loss reads it.
+        return Prediction(logits, None if isinstance(self.mask_decoder, ClassDecoder) else iou)
+
+    def image_pe(self, features: Tensor) -> Tensor:
+        """(R, C, h, w) features -> (1 or R, C, h, w): where the decoder is to believe each cell."""
+        with torch.autocast(features.device.type, enabled=False):
+            return position_encoding(self.prompt_encoder, features.shape[-2:])
 
     def preprocess(self, image: Tensor, valid_size: Tensor | None = None) -> Tensor:
-        """(B, 3, S, S) uint8 -> normalised floats, zero (the mean colour) where padded."""
+        """(B, 3, S_h, S_w) uint8 -> normalised floats, zero (the mean colour) where padded."""
         image = (image.to(self.pixel_mean.dtype) - self.pixel_mean) / self.pixel_std
         if valid_size is None:
             return image
         height, width = (torch.arange(n, device=image.device) for n in image.shape[-2:])
-        rows = height < valid_size[:, :1]  # (B, S)
+        rows = height < valid_size[:, :1]  # (B, S_h)
         columns = width < valid_size[:, 1:]
         return image.where((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
 

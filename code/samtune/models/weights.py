@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import http.client
 import os
+import re
 import tempfile
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from samtune.config import ModelOptions
 from samtune.errors import UserError
 from samtune.models import MODEL_TYPES, ModelType
+from samtune.models.mask_decoder import ClassDecoder
 from samtune.models.positions import resize_pos_embed, resize_rel_pos
 from samtune.models.sam import resolve_model_type
 from samtune.tensor_files import CHUNK, read_state_dict
@@ -27,13 +29,15 @@ class LoadReport:
     """What became of each tensor, by name.
 
     loaded: taken as it is. resized: position tables brought to this image size. new: of the model
-    alone (an adapter's). unused: of the file alone.
+    alone (an adapter's). unused: of the file alone. reset: of both, but started anew, as the file's
+    answers another question (the tokens of a decoder for K classes).
     """
 
     loaded: tuple[str, ...]
     resized: tuple[str, ...] = ()
     new: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    reset: tuple[str, ...] = ()
 
     def summary(self) -> str:
         """One line for the log."""
@@ -41,6 +45,8 @@ class LoadReport:
             f"{len(self.loaded)} tensors loaded, {len(self.resized)} resized, "
             f"{len(self.new)} new, {len(self.unused)} unused"
         )
+        if self.reset:
+            text = f"{len(self.reset)} started anew for the classes, {text}"
         more = " ..." if len(self.unused) > 3 else ""
         return text + (f" ({', '.join(self.unused[:3])}{more})" if self.unused else "")
 
@@ -64,7 +70,7 @@ def find_checkpoint(options: ModelOptions, folder: Path = Path("checkpoints")) -
         return path
     if not model_type.file or path.name != model_type.file:
         raise UserError(f"--checkpoint {path}: there is no such file")
-    if not options.download:
+    if not (options.download and model_type.sha256):
         raise UserError(_missing(options.model_type, model_type, path))
     _download(options.model_type, model_type, path)
     return path
@@ -89,8 +95,31 @@ def load_base(sam: Sam, path: str | Path) -> LoadReport:
     return LoadReport(loaded, tuple(resized), unused=unused)
 
 
+def give_classes(
+    sam: Sam, num_classes: int, layout: str, report: LoadReport | None
+) -> LoadReport | None:
+    """Let a Sam answer with one mask per class, keeping what its decoder has in common with that.
+
+    num_classes, layout: see `ClassDecoder`. report: of `load_base`, None for random weights.
+    Returns it with the tensors that were left out as unused and those that started anew as reset.
+    The caller seeds torch. What is new trains; the caller freezes it if it should not.
+    """
+    before = sam.state_dict(keep_vars=True)
+    sam.mask_decoder = ClassDecoder(sam.mask_decoder, num_classes, layout)
+    after = sam.state_dict(keep_vars=True)
+    if report is None:
+        return None
+    gone = tuple(name for name in report.loaded if name not in after)
+    reset = tuple(n for n in report.loaded if n in after and after[n] is not before[n])
+    loaded = tuple(name for name in report.loaded if name not in {*gone, *reset})
+    return replace(report, loaded=loaded, unused=report.unused + gone, reset=reset)
+
+
 def _resize_positions(sam: Sam, given: dict, wanted: dict) -> list[str]:
-    """Resize position tables in `given` to the shapes in `wanted`; the names that were resized."""
+    """Resize position tables in `given` to the shapes in `wanted`; the names that were resized.
+
+    A TinyViT has none: its biases are those of windows.
+    """
     name = "image_encoder.pos_embed"
     resizers = {name: lambda table, shape: resize_pos_embed(table, tuple(shape[1:3]))}
     for index, block in enumerate(sam.image_encoder.blocks):
@@ -100,8 +129,8 @@ def _resize_positions(sam: Sam, given: dict, wanted: dict) -> list[str]:
                 resizers[name] = lambda table, shape: resize_rel_pos(table, shape[0])
     resized = []
     for name, resize in resizers.items():
-        table, target = given.get(name), wanted[name]
-        if table is None or table.shape == target.shape:
+        table, target = given.get(name), wanted.get(name)
+        if table is None or target is None or table.shape == target.shape:
             continue
         if table.ndim == target.ndim and table.shape[-1] == target.shape[-1]:
             given[name] = resize(table.float(), target.shape)
@@ -136,12 +165,13 @@ def _shape(state: dict, name: str) -> torch.Size | None:
 
 
 def _anatomy(state: dict) -> tuple[int, int, int] | None:
-    """Width, blocks and feature channels of the image encoder in a state dict."""
-    patch, neck = "image_encoder.patch_embed.proj.weight", "image_encoder.neck.0.weight"
-    if patch not in state or neck not in state:
+    """Width before the neck, blocks and feature channels of the image encoder in a state dict."""
+    neck = state.get("image_encoder.neck.0.weight")
+    block = re.compile(r"image_encoder\.(layers\.\d+\.)?blocks\.\d+\.")
+    blocks = {match[0] for name in state if (match := block.match(name))}
+    if neck is None or neck.ndim != 4 or not blocks:
         return None
-    blocks = {n.split(".")[2] for n in state if n.startswith("image_encoder.blocks.")}
-    return len(state[patch]), len(blocks), len(state[neck])
+    return neck.shape[1], len(blocks), neck.shape[0]
 
 
 def _type_anatomy(model_type: ModelType) -> tuple[int, int, int]:
@@ -149,9 +179,10 @@ def _type_anatomy(model_type: ModelType) -> tuple[int, int, int]:
 
 
 def _missing(name: str, model_type: ModelType, path: Path, reason: str = "") -> str:
+    fetch = "or add --download, " if model_type.sha256 else ""
     return (
         f"the weights of {name} are missing{reason}: put {model_type.file} (from {model_type.url}) "
-        f"at {path}, or add --download, or start from random weights with --checkpoint none"
+        f"at {path}, {fetch}or start from random weights with --checkpoint none"
     )
 
 

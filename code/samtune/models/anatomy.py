@@ -1,0 +1,60 @@
+"""Where an image encoder keeps what adapters take hold of: SAM's ViT and TinyViT read the same.
+
+In both, a block has `attn` and `mlp`, and `attn` has the linear layers `qkv` and `proj`; any of
+them can be replaced in place. What differs is said here.
+
+|  | SAM's ViT | TinyViT |
+|---|---|---|
+| `attn.qkv` reads | (B', h, w, C) | (B', window, window, C) |
+| its 3C outputs | q, k, v, each of all heads | all heads, each q, k, v |
+| `mlp` reads | (B, h, w, C), normalised | (B, h w, C), normalises by itself |
+| the width C | one for all blocks | grows from layer to layer |
+
+B' counts windows, or images where a block attends to the whole grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+def attention_blocks(encoder: nn.Module) -> list[nn.Module]:
+    """The blocks that attend, in order: all of a ViT's, all but the first layer's of a TinyViT."""
+    return list(encoder.blocks)
+
+
+@dataclass(frozen=True)
+class QkvLayout:
+    """How the 3C outputs of a fused `qkv` are ordered.
+
+    head_major: by head, [q | k | v] within each; else q, k, v, each by head.
+    """
+
+    num_heads: int
+    head_major: bool
+
+    @classmethod
+    def of(cls, attention: nn.Module) -> QkvLayout:
+        """The layout of a block's `attn`."""
+        return cls(attention.num_heads, attention.head_major)
+
+    def join(self, parts: Sequence[Tensor], dim: int = -1) -> Tensor:
+        """q, k and v, each C long along `dim` and ordered by head -> 3C long, as `qkv` puts out.
+
+        With dim 0 it joins weights: three (C, C_in) -> (3C, C_in).
+        """
+        dim %= parts[0].ndim
+        by_head = [part.unflatten(dim, (self.num_heads, -1)) for part in parts]
+        return torch.stack(by_head, dim + self.head_major).flatten(dim, dim + 2)
+
+    def split(self, qkv: Tensor, dim: int = -1) -> tuple[Tensor, Tensor, Tensor]:
+        """3C outputs along `dim` -> q, k and v of C each, ordered by head; undoes `join`."""
+        dim %= qkv.ndim
+        sizes = (self.num_heads, 3, -1) if self.head_major else (3, self.num_heads, -1)
+        parts = qkv.unflatten(dim, sizes).unbind(dim + self.head_major)
+        q, k, v = (part.flatten(dim, dim + 1) for part in parts)
+        return q, k, v
