@@ -31,6 +31,7 @@ VERBS = {
     "train": "train SAM with an adapter (the default); scores it if there are test images",
     "evaluate": "score a trained run, beside the untuned SAM",
     "import": "turn a published checkpoint, or the parent's, into a run",
+    "merge": "fold a trained adapter into a stock SAM's weights, where that is possible",
     "compare": "train several adapters under one budget, with the flags of train",
     "benchmark": "time training steps on random data; the last line is JSON",
 }
@@ -107,6 +108,15 @@ def import_(argv: list[str]) -> None:
         from samtune.importing import run
 
         run(config, process)
+
+
+def merge(argv: list[str]) -> None:
+    """A run as a stock SAM's checkpoint."""
+    parsed = flags.parse("run_sa.py merge", VERBS["merge"], [c.MergeOptions], argv)
+    with processes() as process:
+        from samtune.merging import run
+
+        run(parsed.instances[0], process)
 
 
 def compare(argv: list[str]) -> None:
@@ -213,6 +223,7 @@ RUN = {
     "train": train,
     "evaluate": evaluate,
     "import": import_,
+    "merge": merge,
     "compare": compare,
     "benchmark": benchmark,
 }

@@ -11,12 +11,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from samtune import config as c
-from samtune.adapters.options import SamAdapterOptions
+from samtune.adapters.options import LoraOptions, SamAdapterOptions
 from samtune.data.sample_data import make_sample_set
 from samtune.engine.distributed import Process
 from samtune.errors import UserError
 from samtune.evaluate import run as evaluate
 from samtune.importing import run as import_weights
+from samtune.merging import run as merge
 from samtune.models import MODEL_TYPES
 from samtune.models.sam import build_sam
 from samtune.train import run as train
@@ -206,3 +207,30 @@ def test_imported_tensors_that_samtune_would_not_train_are_kept(config):
     )  # fmt: skip
     import_weights(source, ALONE)
     assert torch.equal(load_trained("imported").state_dict()[frozen], state[frozen])
+
+
+def test_a_trained_lora_becomes_a_checkpoint_of_stock_sam(config):
+    """The file loads strictly into the unmodified package and answers as the tuned model does."""
+    from segment_anything import SamPredictor
+
+    torch.manual_seed(0)
+    torch.save(build_sam("tiny").state_dict(), "base.pth")
+    model = replace(config.model, checkpoint="base.pth", adapter="lora")
+    train(replace(config, model=model, adapter=LoraOptions()), None, ALONE)
+    merge(c.MergeOptions("run", output="merged.pth"), ALONE)
+    stock = build_sam("tiny")
+    stock.load_state_dict(torch.load("merged.pth", weights_only=True))
+    image = np.random.default_rng(0).integers(0, 255, (60, 50, 3), dtype=np.uint8)
+    answers = []
+    for sam in (stock, load_trained("run").as_sam()):
+        predictor = SamPredictor(sam)
+        predictor.set_image(image)
+        box = np.array([5, 5, 40, 50])
+        answers.append(predictor.predict(box=box, multimask_output=False, return_logits=True)[0])
+    np.testing.assert_allclose(*answers, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_that_cannot_be_merged_says_so(config):
+    train(config, None, ALONE)
+    with pytest.raises(UserError, match="--adapter sam_adapter cannot be merged"):
+        merge(c.MergeOptions("run"), ALONE)

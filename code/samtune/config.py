@@ -217,6 +217,15 @@ class ImportOptions:
 
 
 @dataclass(frozen=True)
+class MergeOptions:
+    """What is merged"""
+
+    run_dir: str = option("", "the run's folder, or its file; empty: the newest in checkpoints/")
+    checkpoint: str = option("", "SAM's weights, if they moved since training")
+    output: str = option("", "the .pth to write; empty: merged.pth in the run's folder")
+
+
+@dataclass(frozen=True)
 class BenchmarkOptions:
     """Benchmark"""
 
