@@ -14,7 +14,13 @@ import numpy as np
 import torch
 
 from samtune.adapters import ADAPTERS, build_model
-from samtune.adapters.options import ConvLoraOptions, GsamOptions, LoraOptions, SamAdapterOptions
+from samtune.adapters.options import (
+    AdaptFormerOptions,
+    ConvLoraOptions,
+    GsamOptions,
+    LoraOptions,
+    SamAdapterOptions,
+)
 from samtune.config import (
     LoaderOptions,
     LossOptions,
