@@ -184,9 +184,9 @@ def test_what_was_tuned_comes_back_bit_for_bit(
     other = build(checkpoint, model_type, name, options, prompt, seed=2)
     loaded = load_adapted(other, tmp_path / "best.safetensors")
     trains = {n for n, p in model.named_parameters() if p.requires_grad}
-    new = model.state_dict().keys() - model.base_keys
-    assert set(loaded) == trains | moving_buffers(model) | new
-    assert all(torch.equal(t, model.state_dict()[n]) for n, t in other.state_dict().items())
+    state = model.state_dict()
+    assert set(loaded) == trains | moving_buffers(model) | (state.keys() - model.base_keys)
+    assert all(torch.equal(tensor, state[n]) for n, tensor in other.state_dict().items())
     with torch.no_grad():
         assert torch.equal(other(image, prompts).logits, model.eval()(image, prompts).logits)
 
