@@ -7,7 +7,7 @@ set -euo pipefail
 NGPU="${NGPU:-1}"                                  # processes on this machine, one per GPU
 MODEL_TYPE="${MODEL_TYPE:-vit_mini}"               # vit_b, vit_l, vit_h: the real ones
 CHECKPOINT="${CHECKPOINT:-auto}"                   # checkpoints/sam_vit_b_01ec64.pth
-ADAPTER="${ADAPTER:-sam_adapter}"                  # or decoder
+ADAPTER="${ADAPTER:-sam_adapter}"                  # decoder, lora, conv_lora, adaptformer, ...
 TRAIN_IMAGE_DIR="${TRAIN_IMAGE_DIR:-}"             # dataset/train/image   (empty: the sample set)
 TRAIN_MASK_DIR="${TRAIN_MASK_DIR:-}"               # dataset/train/mask
 VAL_IMAGE_DIR="${VAL_IMAGE_DIR:-}"                 # dataset/val/image
