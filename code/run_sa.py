@@ -177,13 +177,16 @@ def read(kind: type, verb: str, argv: list[str], base: str | None = None):
     if chosen not in ADAPTERS:
         raise UserError(f"--adapter {chosen}: there are {', '.join(ADAPTERS)}")
     groups = [GROUPS.get(f.name) or ADAPTERS[chosen].options for f in fields(kind)]
-    own = {f.name for f in fields(ADAPTERS[chosen].options)}
+    own = sorted(f.name for f in fields(ADAPTERS[chosen].options))
+    takes = ", ".join(f"--{name}" for name in own) or "no flags of its own"
+    owners = {}  # flag -> the other adapters that have it
+    for name, adapter in ADAPTERS.items():
+        for f in fields(adapter.options):
+            if f.name not in own:
+                owners.setdefault(f.name, []).append(name)
     foreign = {
-        f.name: f"belongs to --adapter {name}; --adapter {chosen} takes "
-        + (", ".join(f"--{flag}" for flag in sorted(own)) or "no flags of its own")
-        for name, adapter in ADAPTERS.items()
-        for f in fields(adapter.options)
-        if f.name not in own
+        flag: f"belongs to --adapter {' and '.join(names)}; --adapter {chosen} takes {takes}"
+        for flag, names in owners.items()
     }
     parsed = flags.parse(
         f"run_sa.py {verb}", VERBS[verb], groups, argv,
