@@ -74,7 +74,7 @@ def parse(
     given, unknown = parser.parse_known_args(argv)
     known = {f.name: f for group in groups for f in fields(group)}
     if unknown:
-        raise UserError(_unknown_flag(unknown[0], [*known, *retired, "config"], foreign))
+        raise UserError(_unknown_flag(unknown[0], [*known, "config"], foreign))
     given = {name: value for name, value in vars(given).items() if value is not None}
     remarks = [f"--{name} is ignored: {retired[name]}" for name in retired if name in given]
     for name in retired:
