@@ -208,5 +208,7 @@ def _unknown_flag(flag: str, known: Sequence[str], foreign: dict[str, str]) -> s
         return f"unexpected argument {flag!r}; options start with --"
     if name.replace("-", "_") in foreign:
         return f"--{name}: {foreign[name.replace('-', '_')]}"
-    near = difflib.get_close_matches(name.replace("-", "_"), known, n=1, cutoff=0.4)
+    name = name.replace("-", "_")
+    near = [k for k in known if name.startswith(f"{k}_") or k.startswith(f"{name}_")]
+    near += difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"unknown option --{name}" + (f"; did you mean --{near[0]}?" if near else "")
