@@ -1,6 +1,7 @@
 """Fixtures of what happens to pictures, masks and coordinates outside the model."""
 
 import numpy as np
+import PIL
 import torch
 
 from samtune.data.prompts import box_from_mask
@@ -11,13 +12,17 @@ from samtune.structures import Frame, Frames
 def check_preprocess(fixture):
     """Resizing, coordinates and the way back, against segment-anything."""
     side = fixture.config["target_length"]
+    # Pillow 13 rounds otherwise than the releases before it, by one grey level at most.
+    same_pillow = PIL.__version__.split(".")[0] == fixture.json["versions"]["pillow"].split(".")[0]
     for k, size in enumerate(fixture.config["sizes_hw"]):
         image = fixture[f"input.image.{k}"].numpy()
         padded, frame = fit_image(image, side, "pad")
         height, width = frame.valid_size
         assert frame.original_size == tuple(size) == image.shape[:2]
         assert frame.valid_size == tuple(fixture["output.target_sizes"][k].tolist())
-        assert np.array_equal(padded[:height, :width], fixture[f"output.resized.{k}"].numpy())
+        expected = fixture[f"output.resized.{k}"].numpy().astype(int)
+        difference = np.abs(padded[:height, :width] - expected).max()
+        assert difference <= (0 if same_pillow else 1)
 
         _check_normalised(fixture, padded, frame, k)
         _check_coordinates(fixture, frame, k)
