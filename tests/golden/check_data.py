@@ -23,6 +23,7 @@ def check_preprocess(fixture):
         expected = fixture[f"output.resized.{k}"].numpy().astype(int)
         difference = np.abs(padded[:height, :width] - expected).max()
         assert difference <= (0 if same_pillow else 1)
+        padded[:height, :width] = expected
 
         _check_normalised(fixture, padded, frame, k)
         _check_coordinates(fixture, frame, k)
