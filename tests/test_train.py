@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from samtune import config as c
-from samtune.adapters.options import LoraOptions, SamAdapterOptions
+from samtune.adapters.options import LoraOptions, SamAdapterOptions, TsSamOptions
 from samtune.data.sample_data import make_sample_set
 from samtune.engine.distributed import Process
 from samtune.errors import UserError
@@ -234,3 +234,12 @@ def test_an_adapter_that_cannot_be_merged_says_so(config):
     train(config, None, ALONE)
     with pytest.raises(UserError, match="--adapter sam_adapter cannot be merged"):
         merge(c.MergeOptions("run"), ALONE)
+
+
+def test_a_prompt_that_the_adapter_does_not_take_is_refused_in_scoring(config):
+    model = replace(config.model, adapter="ts_sam")
+    prompts = replace(config.prompts, prompt="none")
+    train(replace(config, model=model, prompts=prompts, adapter=TsSamOptions()), None, ALONE)
+    assert score()["prompt"] == "none"
+    with pytest.raises(UserError, match="--adapter ts_sam does not take --prompt box"):
+        score(prompt="box")

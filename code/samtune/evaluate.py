@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
+from samtune.adapters import ADAPTERS
 from samtune.config import (
     EvaluateConfig,
     LossOptions,
+    ModelOptions,
     PromptOptions,
     ReadOptions,
     TestDataOptions,
@@ -172,7 +174,9 @@ def _inherit(
     if not test.test_image_dir:
         raise UserError("the run knows no test data: set --test_image_dir and --test_mask_dir "
                         "(TEST_IMAGE_DIR and TEST_MASK_DIR in eval.sh)")  # fmt: skip
-    return test, merge(ReadOptions), merge(PromptOptions)
+    prompts = merge(PromptOptions)
+    ADAPTERS[metadata["adapter"]].check(options_of(metadata, ModelOptions), prompts.prompt)
+    return test, merge(ReadOptions), prompts
 
 
 def _write_table(path: Path, results: dict[str, Evaluation]) -> None:
