@@ -17,6 +17,7 @@ from samtune.engine.optim import build_optimizer, build_schedule
 from samtune.engine.trainer import Trainer, explain_out_of_memory
 from samtune.losses import MaskLoss
 from samtune.metrics.region import region_scores
+from samtune.models.anatomy import checkpoint_activations
 from samtune.models.weights import find_checkpoint
 from samtune.structures import Batch, Frame, Frames, Prompts
 
@@ -42,6 +43,8 @@ def run(config: BenchmarkConfig, process: Process) -> dict:
         "total_parameters": sum(p.numel() for p in model.parameters()),
     }
     image_size = model.image_size
+    if config.optim.activation_checkpointing:
+        checkpoint_activations(model.image_encoder)
     wrapped = distributed.wrap(model, process)
     optimizer = build_optimizer(wrapped, config.optim)
     steps = config.benchmark.warmup + config.benchmark.steps
@@ -73,6 +76,7 @@ def run(config: BenchmarkConfig, process: Process) -> dict:
         "accumulate": config.optim.accumulate,
         "processes": process.world,
         "precision": trainer.precision,
+        "activation_checkpointing": config.optim.activation_checkpointing,
         "train": options.train,
         "prompt": config.prompts.prompt,
         "steps": config.benchmark.steps,

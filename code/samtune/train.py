@@ -25,6 +25,7 @@ from samtune.engine.trainer import Trainer
 from samtune.errors import UserError
 from samtune.losses import MaskLoss
 from samtune.metrics.region import region_scores
+from samtune.models.anatomy import checkpoint_activations
 from samtune.models.segmenter import PromptedSam
 from samtune.models.weights import find_checkpoint
 from samtune.pipeline import check_pairs, evaluation_loader, load_pairs, usable
@@ -183,6 +184,8 @@ def _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state):
         augment=config.data.augment, seed=run.seed, train=True,
     )  # fmt: skip
     criterion = MaskLoss(config.loss)
+    if options.activation_checkpointing:
+        checkpoint_activations(model.image_encoder)
     wrapped = distributed.wrap(model, process)
     optimizer = build_optimizer(wrapped, options)
     schedule = build_schedule(optimizer, options, run.epoch * plan.steps_per_epoch)

@@ -18,6 +18,7 @@ from samtune.adapters.options import (
 from samtune.config import ModelOptions
 from samtune.engine.checkpoint import load_adapted, save_adapted
 from samtune.errors import UserError
+from samtune.models.anatomy import checkpoint_activations
 from samtune.models.sam import build_sam
 from samtune.structures import Prompts
 
@@ -287,3 +288,28 @@ def test_blocks_compile_in_training(checkpoint, model_type, name, options):
     (expected, gradients), (logits, compiled_gradients) = train(False), train(True)
     assert torch.allclose(logits, expected, atol=1e-5)
     assert all(map(partial(torch.allclose, atol=1e-5), compiled_gradients, gradients))
+
+
+@pytest.mark.parametrize(("model_type", "name", "options"), MODELS)
+def test_activation_checkpointing_changes_nothing_but_memory(checkpoint, model_type, name, options):
+    prompt = ADAPTERS[name].prompts[0]
+    image, prompts = ask(prompt)
+
+    def train(forgets: bool):
+        model = build(checkpoint, model_type, name, options, prompt, train="all").train()
+        stir(model)
+        if forgets:
+            checkpoint_activations(model.image_encoder)
+        kept = []
+        torch.manual_seed(3)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: (kept.append(t.numel()), t)[1], lambda t: t
+        ):
+            prediction = model(image, prompts)
+        loss_of(prediction).backward()
+        gradients = [p.grad for p in model.parameters() if p.requires_grad]
+        return [prediction.logits, *gradients], sum(kept)
+
+    (plain, much), (forgetful, little) = train(False), train(True)
+    assert all(map(torch.equal, forgetful, plain))
+    assert little < much

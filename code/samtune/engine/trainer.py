@@ -329,8 +329,8 @@ def explain_out_of_memory() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise UserError(
             "the GPU's memory is too small for this: lower --batch_size (and raise --accumulate to "
-            "keep the step's size) or --image_size, or use --precision bf16; "
-            + str(error).split(". ")[0]
+            "keep the step's size) or --image_size, or use --activation_checkpointing yes or "
+            "--precision bf16; " + str(error).split(". ")[0]
         ) from None
 
 

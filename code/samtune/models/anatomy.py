@@ -17,14 +17,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def attention_blocks(encoder: nn.Module) -> list[nn.Module]:
     """The blocks that attend, in order: all of a ViT's, all but the first layer's of a TinyViT."""
     return list(encoder.blocks)
+
+
+def checkpoint_activations(encoder: nn.Module) -> None:
+    """Let each block that attends forget its activations and compute them again when needed.
+
+    In place; names in the state dict do not change. Random numbers are drawn alike both times.
+    """
+    for block in attention_blocks(encoder):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 @dataclass(frozen=True)
