@@ -139,7 +139,7 @@ def test_help_is_quick_and_complete(house):
 
 def test_a_signal_saves_and_the_next_launch_goes_on_exactly(house):
     """SIGTERM in the middle of an epoch, then --resume: the same weights as without the signal."""
-    flags = ["--batch_size", "1", "--epoch", "2", "--image_size", "128", "--workers", "1"]
+    flags = ["--batch_size", "1", "--epoch", "2", "--workers", "1"]
     launch(house, "run.sh", *flags, "--output_dir", "checkpoints/whole")
     process = subprocess.Popen(
         ["bash", "run.sh", *flags, "--output_dir", "checkpoints/cut"], cwd=house,
