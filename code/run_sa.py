@@ -172,8 +172,8 @@ processes = Processes()
 def read(kind: type, verb: str, argv: list[str], base: str | None = None):
     """Flags into `kind`, with the flags of the adapter that `--adapter` chooses."""
     default = next(f.default for f in fields(c.ModelOptions) if f.name == "adapter")
-    chosen = flags.peek(argv, "adapter", flags.peek(["--config", base], "adapter", default)
-                        if base else default)  # fmt: skip
+    # A run that goes on keeps its adapter, whatever run.sh says by default.
+    chosen = flags.peek(["--config", base] if base else argv, "adapter", default)
     if chosen not in ADAPTERS:
         raise UserError(f"--adapter {chosen}: there are {', '.join(ADAPTERS)}")
     groups = [GROUPS.get(f.name) or ADAPTERS[chosen].options for f in fields(kind)]

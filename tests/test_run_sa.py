@@ -128,6 +128,19 @@ def test_no_flag_is_an_abbreviation_of_torchruns():
         assert len(longer) < 2, f"{flag} is ambiguous to torchrun: {longer}"
 
 
+def test_a_run_that_goes_on_keeps_its_adapter(tmp_path):
+    """run.sh passes its default adapter; the run's own flags must still be understood."""
+    import run_sa
+    from samtune.config import TrainConfig
+
+    base = tmp_path / "config.yaml"
+    base.write_text("adapter: lora\nrank: 7\nmodel_type: vit_mini\n")
+    argv = ["--adapter", "sam_adapter", "--epoch", "3"]
+    config, parsed = run_sa.read(TrainConfig, "train", argv, str(base))
+    assert (config.model.adapter, config.adapter.rank, config.run.epoch) == ("lora", 7, 3)
+    assert parsed.remarks == ["--adapter sam_adapter is ignored: the run that goes on has 'lora'"]
+
+
 def test_help_is_quick_and_complete(house):
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "code/run_sa.py", "--help"],
