@@ -105,7 +105,8 @@ def test_what_is_dumped_reads_back(tmp_path):
 def test_a_run_that_goes_on_keeps_its_options(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("width: 5\nratio: 2.0\nname: a\n")
-    parsed = parse("--width", "7", "--ratio", "3", "--name", "", base=str(file), free={"ratio"})
+    free = {"ratio", "name"}
+    parsed = parse("--width", "7", "--ratio", "3", "--name", "", base=str(file), free=free)
     assert parsed.instances[0] == Size(width=5, ratio=3.0)
     assert parsed.instances[1].name == "a"
     assert parsed.remarks == ["--width 7 is ignored: the run that goes on has 5"]

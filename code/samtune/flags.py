@@ -55,7 +55,7 @@ def parse(
     retired: flags that are accepted with one value and answered with this remark. foreign: flags
     that exist but not here, and why. choices: values of a flag that only the caller knows. base: a
     YAML file of a run that goes on; it wins over flags and `--config`, except for the names in
-    `free`.
+    `free`, and over those too where they are given empty.
     Raises UserError for an unknown name (with the nearest known one), a value of the wrong type or
     an unreadable YAML file.
     """
@@ -89,7 +89,7 @@ def parse(
             for name in given
             if name not in free and fixed.get(name) not in (given[name], None) and given[name] != ""
         ]
-        values = fixed | {name: value for name, value in given.items() if name in free}
+        values = fixed | {n: value for n, value in given.items() if n in free and value != ""}
     instances = [
         group(**{f.name: values[f.name] for f in fields(group) if f.name in values})
         for group in groups
