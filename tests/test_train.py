@@ -37,8 +37,6 @@ def config(tmp_path, monkeypatch) -> c.TrainConfig:
     )  # fmt: skip
     monkeypatch.setitem(MODEL_TYPES, "tiny", tiny)
     files = make_sample_set(tmp_path / "sample")
-    groups = {f.name: f for f in fields(c.TrainConfig)}
-    assert "adapter" in groups
     return c.TrainConfig(
         c.ModelOptions(model_type="tiny"),
         c.ReadOptions(),

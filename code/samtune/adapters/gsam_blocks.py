@@ -101,16 +101,8 @@ def _stage(
     return nn.Sequential(first, *(block(out, planes) for _ in range(blocks - 1)))
 
 
-class PooledAttention(nn.Module):
+class PooledAttention(RelativeAttention):
     """Every token attends to 3 x 3 averages of its window, or of the grid. Stock's parameters."""
-
-    def __init__(self, stock: RelativeAttention):
-        super().__init__()
-        self.num_heads = stock.num_heads
-        self.qkv = stock.qkv
-        self.proj = stock.proj
-        self.rel_pos_h = stock.rel_pos_h
-        self.rel_pos_w = stock.rel_pos_w
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, h, w, C) -> (B, h, w, C)."""

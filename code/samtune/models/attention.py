@@ -25,7 +25,7 @@ class RelativeAttention(nn.Module):
 
     head_major = False  # see `anatomy.QkvLayout`
 
-    def __init__(self, stock: Attention):
+    def __init__(self, stock: Attention | RelativeAttention):
         super().__init__()
         self.num_heads = stock.num_heads
         self.qkv = stock.qkv
