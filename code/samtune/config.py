@@ -38,6 +38,12 @@ class ModelOptions:
         "side of the square that the model sees, pixels, a multiple of 16 (samus: of 8; gsam: any "
         "from 16 on); 0: the adapter's own if it has one, else the model's",
     )
+    class_layout: str = option(
+        "samed",
+        "with --num_classes and --prompt none, how the mask decoder holds the classes: 'samed': a "
+        "token for each; 'gsam': as files of G-SAM hold them",
+        ("samed", "gsam"),
+    )
     normalisation: str = option(
         "sam",
         "how the weights want pixels: 'sam': SAM's mean and deviation (MobileSAM's and micro-sam's "
@@ -59,6 +65,14 @@ class ReadOptions:
     )
     foreground: str = option(
         "above", "which side of the threshold is the object", ("above", "below")
+    )
+    num_classes: int = option(
+        1,
+        "1: masks show one kind of object; K of 2 or more: their values are class ids 0..K-1, the "
+        "background being one of them if there is one",
+    )
+    ignore_index: int = option(
+        255, "with --num_classes: the mask value of pixels that no loss and no score reads"
     )
     intensity_range: str = option(
         "auto",

@@ -29,7 +29,8 @@ def run(config: ImportConfig, process: Process) -> RunFolder:
         options, adapter = config.model, ADAPTERS[config.model.adapter]
         prompt, seed = config.prompts.prompt, config.run.seed
         base = find_checkpoint(options)
-        model = build_model(options, config.adapter, prompt, base, seed)
+        classes = config.read.num_classes
+        model = build_model(options, config.adapter, prompt, base, seed, classes)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         loaded = load_adapted(model, config.source.weights, adapter.renames)
         in_file = len(read_state_dict(config.source.weights))

@@ -124,10 +124,11 @@ def _sample_folders(split: str) -> dict[str, str]:
 def _build(config: TrainConfig) -> tuple[PromptedSam, dict]:
     """The model with its base weights, and what its checkpoint files say about it."""
     adapter = ADAPTERS[config.model.adapter]
-    adapter.check(config.model, config.prompts.prompt)
+    classes = config.read.num_classes
+    adapter.check(config.model, config.prompts.prompt, classes)
     base = find_checkpoint(config.model)
     seed, prompt = config.run.seed, config.prompts.prompt
-    model = build_model(config.model, config.adapter, prompt, base, seed)
+    model = build_model(config.model, config.adapter, prompt, base, seed, classes)
     return model, describe(model, base, flags.dump(_groups(config)))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from samtune import __version__
 from samtune.adapters import ADAPTERS, build_model, build_untuned
-from samtune.config import ModelOptions
+from samtune.config import ModelOptions, ReadOptions
 from samtune.engine.checkpoint import load_adapted, read_metadata
 from samtune.errors import UserError
 from samtune.models import MODEL_TYPES
@@ -34,6 +34,7 @@ def load_trained(path: str | Path, checkpoint: str = "") -> PromptedSam:
         metadata["config"]["prompt"],
         base,
         metadata["config"]["seed"],
+        options_of(metadata, ReadOptions).num_classes,
     )
     model.base_keys = model.base_keys - set(metadata.get("more_keys", ()))
     load_adapted(model, path, adapter.renames)

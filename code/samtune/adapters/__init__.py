@@ -63,6 +63,7 @@ ADAPTERS: dict[str, Adapter] = {
         options=TsSamOptions,
         module="samtune.adapters.ts_sam",
         prompts=("none",),
+        several_classes=False,
         backbones=("vit",),
         source="arXiv 2408.01835; maoyangou147/TS-SAM edd171c",
         needs="blocks that share one width and one grid with the patches",
@@ -149,9 +150,11 @@ def build_model(
     prompt: str,
     checkpoint: Path | None,
     seed: int,
+    num_classes: int = 1,
 ) -> PromptedSam:
     """SAM with its base weights, adapted, thawed where it trains, on the CPU in eval mode.
 
+    num_classes: with 2 or more and the prompt "none", the decoder answers with a mask per class.
     checkpoint: the base weights, None for random ones. The global random state is left untouched;
     equal seeds give equal models, and `build_untuned` the same base. Raises UserError for a
     combination that the adapter refuses or a checkpoint that does not fit.
@@ -161,9 +164,12 @@ def build_model(
     if options.adapter not in ADAPTERS:
         raise UserError(f"--adapter {options.adapter}: choose from {', '.join(ADAPTERS)}")
     adapter = ADAPTERS[options.adapter]
-    adapter.check(options, prompt)
+    adapter.check(options, prompt, num_classes)
     base = replace(options, image_size=0) if adapter.any_size else options
     sam, report = _frozen_base(base, checkpoint, seed, adapter.stride)
+    if num_classes > 1 and prompt == "none":
+        with seeded(seed + 2):
+            report = _give_classes(sam, num_classes, options.class_layout, report)
     if adapter.any_size and options.image_size:
         sam.image_encoder.img_size = options.image_size
         sam.prompt_encoder.input_image_size = (options.image_size, options.image_size)
@@ -202,6 +208,19 @@ def _frozen_base(
         )
     report = load_base(sam, checkpoint) if checkpoint else None
     return sam.requires_grad_(False), report
+
+
+def _give_classes(
+    sam: Sam, num_classes: int, layout: str, report: LoadReport | None
+) -> LoadReport | None:
+    from samtune.models.weights import give_classes
+
+    try:
+        report = give_classes(sam, num_classes, layout, report)
+    except ValueError as error:
+        raise UserError(f"--num_classes {num_classes}: {error}") from None
+    sam.requires_grad_(False)
+    return report
 
 
 def _account(model: PromptedSam, report: LoadReport | None) -> PromptedSam:

@@ -30,7 +30,8 @@ class Adapter:
     the frame, pixels, where --image_size does not say it; 0: the model type's own. stride: pixels
     between patches that overlap, 0: side by side; see `build_image_encoder`. any_size: the frame
     may have any size and aspect from one patch upwards; the base is made for `image_size` then,
-    whatever the frame. start_options: options that only say with which values training starts; a
+    whatever the frame. several_classes: whether it takes a mask decoder for K classes.
+    start_options: options that only say with which values training starts; a
     model that is loaded is built without them. mergeable: the module's `merge(model)` folds what
     was tuned into the state dict of a stock Sam.
 
@@ -55,9 +56,17 @@ class Adapter:
     any_size: bool = False
     start_options: tuple[str, ...] = ()
     mergeable: bool = False
+    several_classes: bool = True
 
-    def check(self, model: ModelOptions, prompt: str) -> None:
+    def check(self, model: ModelOptions, prompt: str, num_classes: int = 1) -> None:
         """Refuse an impossible combination before any weight is read, with a UserError."""
+        if num_classes < 1:
+            raise UserError(f"--num_classes {num_classes}: it must be at least 1")
+        if num_classes > 1 and not self.several_classes:
+            raise UserError(
+                f"--adapter {self.name} answers with one mask: it does not take --num_classes "
+                f"{num_classes}"
+            )
         if prompt not in self.prompts:
             raise UserError(
                 f"--adapter {self.name} does not take --prompt {prompt}; it takes "

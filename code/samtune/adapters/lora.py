@@ -50,7 +50,11 @@ def adapt_qkv(qkv: nn.Linear, layout: QkvLayout, options: LoraOptions) -> LoRAQK
 
 
 def merge(model: PromptedSam) -> dict[str, Tensor]:
-    """The state of a stock Sam whose output is the adapted model's; `model` stays as it is."""
+    """The state of a stock Sam whose output is the adapted model's; `model` stays as it is.
+
+    Raises UserError if a stock Sam has no place for the mask decoder.
+    """
+    model.as_sam()
     state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     for name, module in model.named_modules():
         if isinstance(module, HostedLinear):

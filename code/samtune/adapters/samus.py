@@ -20,6 +20,8 @@ from torch.nn import functional as F
 from samtune.adapters.bottleneck import BottleneckAdapter
 from samtune.adapters.layers import AdaptedBlock, AdaptedEncoder, thaw_decoder
 from samtune.adapters.options import SamusOptions
+from samtune.errors import UserError
+from samtune.models.mask_decoder import ClassDecoder
 from samtune.models.positions import resize_pos_embed
 from samtune.models.sam import ImageEncoderViT, LayerNorm2d, Sam
 from samtune.models.segmenter import PromptedSam
@@ -36,6 +38,8 @@ def build(sam: Sam, options: SamusOptions) -> PromptedSam:
             block.attn.rel_pos_w.requires_grad_(True)
     if not options.freeze_decoder:
         thaw_decoder(sam)
+    elif isinstance(sam.mask_decoder, ClassDecoder):
+        raise UserError("--freeze_decoder: a decoder for classes starts anew, so it must train")
     return PromptedSam(sam)
 
 

@@ -1,4 +1,4 @@
-"""Mask files as (H, W) uint8: 0 background, 1 object.
+"""Mask files as (H, W) uint8: 0 background, 1 object, or a class id per pixel.
 
 What is the object is decided only where it cannot be mistaken: values 0 and 1, values 0 and 255, or
 a JPEG of black and white. Anything else is an error that names the values, never a guess.
@@ -13,6 +13,7 @@ import numpy as np
 from samtune.config import ReadOptions
 from samtune.data.decoding import Decoded, decode
 from samtune.errors import UserError
+from samtune.structures import IGNORE
 
 _JPEG_GREY = (64, 192)  # a black-and-white JPEG has values between these only at a few edges
 _JPEG_GREY_SHARE = 0.05
@@ -21,7 +22,7 @@ _JPEG_CHROMA = 8  # how far the channels of a grey picture stray from each other
 
 
 def read_mask(path: str | Path, read: ReadOptions) -> np.ndarray:
-    """A mask file as (H, W) uint8, 0 background and 1 object.
+    """A mask file as (H, W) uint8, 0 background and 1 object, or class ids.
 
     Palette files by index, 1-bit files by bit, coloured-but-grey files by one channel, masks drawn
     in the alpha channel by alpha. Raises UserError if the object cannot be told.
@@ -32,8 +33,13 @@ def read_mask(path: str | Path, read: ReadOptions) -> np.ndarray:
 def mask_from(
     decoded: Decoded, read: ReadOptions, path: str | Path
 ) -> tuple[np.ndarray, str | None]:
-    """What was decoded, as (H, W) uint8 of 0 and 1, and the remark "lossy" or None."""
+    """What was decoded, as (H, W) uint8, and the remark "lossy" or None.
+
+    Values are 0 and 1, or class ids below `read.num_classes` where that is 2 or more, and `IGNORE`.
+    """
     values = _one_channel(decoded.array, decoded.lossy, path)
+    if read.num_classes > 1:
+        return _class_ids(values, decoded.lossy, read, path), None
     if values.dtype == bool:  # one bit per pixel: there is nothing to decide
         above, remark = values, None
     elif read.mask_threshold >= 0:
@@ -46,6 +52,21 @@ def mask_from(
         above, remark = _decide_exact(values, path), None
     is_object = above if read.foreground == "above" else ~above
     return is_object.astype(np.uint8), remark
+
+
+def _class_ids(values: np.ndarray, lossy: bool, read: ReadOptions, path: str | Path) -> np.ndarray:
+    """(H, W) uint8 class ids; what the file marks as ignored becomes `IGNORE`."""
+    if lossy:
+        raise UserError(f"{path}: JPEG does not keep class ids; save masks as PNG")
+    ignored = values == read.ignore_index
+    unknown = ~ignored & ((values < 0) | (values >= read.num_classes))
+    if unknown.any():
+        raise UserError(
+            f"{path}: the mask's values {_listing(_distinct(values[unknown])[:12])} are no class "
+            f"id below --num_classes {read.num_classes} and not --ignore_index "
+            f"{read.ignore_index}; {unknown.mean():.2%} of its pixels"
+        )
+    return np.where(ignored, IGNORE, values).astype(np.uint8)
 
 
 def _one_channel(array: np.ndarray, lossy: bool, path: str | Path) -> np.ndarray:

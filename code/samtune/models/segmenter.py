@@ -6,6 +6,7 @@ import torch
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
+from samtune.errors import UserError
 from samtune.models.mask_decoder import ClassDecoder, decode_masks
 from samtune.models.prompt_encoder import embed_prompts, no_mask, position_encoding
 from samtune.models.weights import LoadReport
@@ -106,7 +107,12 @@ class PromptedSam(nn.Module):
         return self
 
     def as_sam(self) -> Sam:
-        """A stock Sam that shares these parts, for `segment_anything.SamPredictor`."""
+        """A stock Sam that shares these parts, for `segment_anything.SamPredictor`.
+
+        Raises UserError with a decoder for K classes, which stock SAM has no place for.
+        """
+        if isinstance(self.mask_decoder, ClassDecoder):
+            raise UserError("this run answers with a mask per class, so it is no stock SAM")
         sam = Sam(self.image_encoder, self.prompt_encoder, self.mask_decoder)
         sam.pixel_mean, sam.pixel_std = self.pixel_mean, self.pixel_std
         sam.training = self.training
