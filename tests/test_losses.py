@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch.nn import functional as F
 
+from samtune import structures
 from samtune.config import LossOptions
-from samtune.losses import MaskLoss, balanced_bce, bce_rows, iou_loss_rows
+from samtune.errors import UserError
+from samtune.losses import (
+    ClassLoss,
+    MaskLoss,
+    balanced_bce,
+    bce_rows,
+    iou_loss_rows,
+    make_loss,
+)
 from samtune.structures import IGNORE, Batch, Frame, Frames, Prediction, Prompts
 
 SIDE = 16
@@ -175,3 +187,75 @@ def test_no_loss_reads_a_value_back_from_the_device():
         total, _ = MaskLoss(LossOptions())(Prediction(torch.zeros(3, 1, 4, 4)), fake)
         assert total.shape == (3,)
         balanced_bce(torch.zeros(3, 4, 4), torch.zeros(3, 4, 4))
+
+
+# A mask per class
+
+
+def class_batch(num_classes, resolution="original", ignore=0.1, seed=0):
+    """Logits and class ids at random, some of them IGNORE."""
+    batch = make_batch(FRAMES, resolution, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(num_classes, batch.target.shape, generator=generator).to(torch.uint8)
+    unread = torch.rand(batch.target.shape, generator=generator) < ignore
+    target = torch.where((batch.target == IGNORE) | unread, IGNORE, ids)
+    logits = torch.randn(len(FRAMES), num_classes, 4, 4, generator=generator)
+    return logits, replace(batch, target=target.to(torch.uint8))
+
+
+@pytest.mark.parametrize("resolution", ["original", "frame"])
+def test_class_loss_is_torchs_cross_entropy_and_the_dice_formula_row_by_row(resolution):
+    logits, batch = class_batch(5, resolution)
+    weights = torch.tensor([0.5, 1.0, 2.0, 0.0, 1.5])
+    options = LossOptions(ce_weight=0.2, dice_weight=0.8, class_weights="0.5,1,2,0,1.5")
+    total, terms = ClassLoss(options, 5)(Prediction(logits), batch)
+    at_target = batch.at_target(logits)
+    for row in range(len(FRAMES)):
+        target = batch.target[row].long()
+        ce = F.cross_entropy(
+            at_target[row : row + 1], target[None], weight=weights, ignore_index=IGNORE
+        )
+        valid = target != IGNORE
+        p = at_target[row].softmax(0)[:, valid]
+        t = F.one_hot(target[valid], 5).T.float()
+        dice = (2 * (p * t).sum(1) + 1e-5) / (p.square().sum(1) + t.square().sum(1) + 1e-5)
+        torch.testing.assert_close(terms["ce"][row], ce)
+        torch.testing.assert_close(terms["dice_loss"][row], 1 - dice.mean())
+        torch.testing.assert_close(total[row], 0.2 * ce + 0.8 * (1 - dice.mean()))
+
+
+@pytest.mark.parametrize("resolution", ["original", "frame"])
+def test_cutting_the_picture_into_bands_changes_neither_loss_nor_gradient(resolution, monkeypatch):
+    logits, batch = class_batch(4, resolution)
+    loss = ClassLoss(LossOptions(dice_weight=0.5), 4)
+    results = []
+    for values in (2**24, 4 * 3 * 20 * 3):  # all at once, and a few lines at a time
+        monkeypatch.setattr(structures, "_BAND_VALUES", values)
+        leaf = logits.clone().requires_grad_()
+        total, _ = loss(Prediction(leaf), batch)
+        total.sum().backward()
+        results.append((len(batch.bands(4)), total.detach(), leaf.grad))
+    (one, total, gradient), (many, banded, banded_gradient) = results
+    assert one == 1 and many > 3
+    torch.testing.assert_close(banded, total)
+    torch.testing.assert_close(banded_gradient, gradient)
+
+
+def test_a_row_without_a_pixel_that_counts_costs_nothing_and_has_no_gradient():
+    logits, batch = class_batch(3, ignore=1.1)
+    leaf = logits.requires_grad_()
+    total, _ = ClassLoss(LossOptions(), 3)(Prediction(leaf), batch)
+    total.sum().backward()
+    assert (total == 0).all() and (leaf.grad == 0).all()
+
+
+@pytest.mark.parametrize("text", ["1,2", "1,2,x", "1,-1,1", "0,0,0"])
+def test_class_weights_that_are_not_one_number_per_class_are_refused(text):
+    with pytest.raises(UserError, match="--class_weights"):
+        ClassLoss(LossOptions(class_weights=text), 3)
+
+
+def test_which_loss_belongs_to_which_answer():
+    assert isinstance(make_loss(LossOptions(), 3, "none"), ClassLoss)
+    assert isinstance(make_loss(LossOptions(), 3, "box"), MaskLoss)
+    assert isinstance(make_loss(LossOptions(), 1, "none"), MaskLoss)

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from samtune import config as c
-from samtune.adapters.options import LoraOptions, SamAdapterOptions, TsSamOptions
+from samtune.adapters.options import DecoderOptions, LoraOptions, SamAdapterOptions, TsSamOptions
 from samtune.data.sample_data import make_sample_set
 from samtune.engine.distributed import Process
 from samtune.errors import UserError
@@ -241,3 +241,53 @@ def test_a_prompt_that_the_adapter_does_not_take_is_refused_in_scoring(config):
     assert score()["prompt"] == "none"
     with pytest.raises(UserError, match="--adapter ts_sam does not take --prompt box"):
         score(prompt="box")
+
+
+def class_masks(folder: Path) -> None:
+    """Turn the sample set's masks into class ids: 0, 1, 2 for the object's right half, 9 unread."""
+    for path in folder.rglob("*.png"):
+        mask = np.asarray(Image.open(path))
+        if mask.ndim == 2 and set(np.unique(mask)) <= {0, 255}:
+            ids = (mask > 0).astype(np.uint8)
+            ids[:, mask.shape[1] // 2 :] *= 2
+            ids[:2] = 9
+            Image.fromarray(ids).save(path)
+
+
+@pytest.mark.parametrize("layout", ["samed", "gsam"])
+def test_several_classes_are_trained_scored_and_drawn(config, layout):
+    class_masks(Path("sample"))
+    config = replace(
+        config,
+        model=replace(config.model, adapter="decoder", class_layout=layout),
+        adapter=DecoderOptions(),
+        read=c.ReadOptions(num_classes=3, ignore_index=9),
+        prompts=c.PromptOptions(prompt="none"),
+        loss=c.LossOptions(dice_weight=0.5),
+        run=c.RunOptions(epoch=2, output_dir="run", best_by="iou"),
+    )
+    train(config, None, ALONE)
+    records = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert {"loss", "ce", "dice_loss", "iou", "dice", "accuracy"} <= records[-1][
+        "validation"
+    ].keys()
+    scores = score(save_predictions=True)
+    assert scores["tuned"]["loss"] < scores["zero_shot"]["loss"]
+    assert len(scores["iou_per_class"]["tuned"]) == scores["num_classes"] == 3
+    assert 0 < scores["majority"]["accuracy"] < 1 and scores["prompt"] == "none"
+    drawn = sorted(Path("run/predictions/masks").iterdir())
+    assert len(drawn) == scores["images"] == 6
+    with Image.open(drawn[0]) as picture:
+        assert picture.mode == "P" and np.asarray(picture).max() < 3
+    assert Path("run/examples.png").stat().st_size
+
+
+def test_class_ids_that_are_none_are_said_before_training(config):
+    class_masks(Path("sample"))
+    config = replace(
+        config,
+        read=c.ReadOptions(num_classes=2, ignore_index=9),
+        prompts=c.PromptOptions(prompt="none"),
+    )
+    with pytest.raises(UserError, match=r"2.*--num_classes 2"):
+        train(config, None, ALONE)

@@ -146,8 +146,13 @@ class PromptOptions:
 class LossOptions:
     """Loss"""
 
-    bce_weight: float = option(1.0, "weight of the binary cross-entropy")
-    iou_weight: float = option(1.0, "weight of the soft IoU loss")
+    bce_weight: float = option(1.0, "one mask per row: weight of the binary cross-entropy")
+    iou_weight: float = option(1.0, "one mask per row: weight of the soft IoU loss")
+    ce_weight: float = option(1.0, "a mask per class: weight of the cross-entropy")
+    dice_weight: float = option(0.0, "a mask per class: weight of the soft Dice loss")
+    class_weights: str = option(
+        "", "a mask per class: what the cross-entropy of each class counts, with commas between"
+    )
     loss_resolution: str = option(
         "original",
         "where the loss is taken: at each image's 'original' size or in the model's 'frame'",
@@ -304,6 +309,11 @@ class BenchmarkConfig:
     optim: OptimOptions
     run: RunOptions
     adapter: object
+
+
+def answers_classes(num_classes: int, prompt: str) -> bool:
+    """Whether the model answers with a mask per class at once; else with one mask per row."""
+    return num_classes > 1 and prompt == "none"
 
 
 # What may differ when a run goes on (`--resume`); everything else stays as the run began.

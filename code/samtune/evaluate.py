@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-from dataclasses import replace
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from samtune.adapters import ADAPTERS
 from samtune.config import (
@@ -17,6 +21,7 @@ from samtune.config import (
     PromptOptions,
     ReadOptions,
     TestDataOptions,
+    answers_classes,
 )
 from samtune.data.files import Pair
 from samtune.data.images import read_image
@@ -27,9 +32,17 @@ from samtune.engine.distributed import Process
 from samtune.engine.evaluator import Evaluation, Evaluator
 from samtune.engine.logbook import Logbook
 from samtune.errors import UserError
-from samtune.losses import MaskLoss
-from samtune.metrics.region import region_scores
-from samtune.pictures import overlay, sheet, truth_picture, write_png
+from samtune.losses import make_loss
+from samtune.metrics.classes import majority, per_class
+from samtune.pictures import (
+    class_colours,
+    overlay,
+    paint_classes,
+    sheet,
+    truth_picture,
+    write_classes,
+    write_png,
+)
 from samtune.pipeline import (
     check_pairs,
     evaluation_loader,
@@ -37,6 +50,7 @@ from samtune.pipeline import (
     load_pairs,
     original_boxes,
     usable,
+    validation_scores,
 )
 from samtune.run_folder import RunFolder, newest
 from samtune.structures import Batch, Prediction
@@ -71,14 +85,17 @@ def run(config: EvaluateConfig, process: Process) -> dict:
 
     image_size = models["tuned"].image_size
     loader = evaluation_loader(asked, read, prompts, image_size, config.loader, process)
-    loss = MaskLoss(LossOptions())
+    task = read.num_classes, prompts.prompt
+    loss = make_loss(LossOptions(), *task)
+    scorers, counter = validation_scores(*task)
     results: dict[str, Evaluation] = {}
     shown = {pair.id for pair in asked[:: max(1, len(asked) // EXAMPLES)][:EXAMPLES]}
-    pictures = Pictures(folder, {pair.id: pair for pair in asked}, read, shown)
+    by_id = {pair.id: pair for pair in asked}
+    draw = draw_classes(read) if answers_classes(*task) else draw_object(read)
+    pictures = Pictures(folder, by_id, shown, draw)
     for name, model in models.items():
         evaluator = Evaluator(
-            model.to(process.device), [loss.scores, region_scores], process,
-            wanted.precision,
+            model.to(process.device), [loss.scores, *scorers], process, wanted.precision, counter
         )  # fmt: skip
         keep_all = wanted.save_predictions and name == "tuned"
         with logbook.progress(len(loader), f"scoring {name}") as bar:
@@ -88,6 +105,9 @@ def run(config: EvaluateConfig, process: Process) -> dict:
     if prompts.prompt == "box":
         evaluator = Evaluator(None, [filled_box], process, "fp32")
         results["box_filled"] = evaluator.run(loader)
+    if counter:
+        guess = majority(results["tuned"].counts)
+        results["majority"] = Evaluation(counter.scores(guess), [], "none")
     pictures.write_sheet(list(models))
 
     scores = {name: result.scores for name, result in results.items()} | {
@@ -103,6 +123,13 @@ def run(config: EvaluateConfig, process: Process) -> dict:
         "test_image_dir": test.test_image_dir,
         "test_slice": test.test_slice,
     }
+    if counter:
+        scores["num_classes"] = read.num_classes
+        scores["iou_per_class"] = {
+            name: _plain(per_class(result.counts)[0].tolist())
+            for name, result in results.items()
+            if result.counts is not None
+        }
     if process.is_main:
         folder.scores.write_text(json.dumps(scores, indent=2) + "\n")
         _write_table(folder.table, results)
@@ -111,11 +138,57 @@ def run(config: EvaluateConfig, process: Process) -> dict:
     return scores
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """How answers become masks and pictures.
+
+    masks: (R, C, h, w) logits with their batch -> (R, canvas) uint8. truth: (image, true mask) ->
+    RGB. answer: (image, mask, true mask, box or None) -> RGB. write: a mask into a PNG. read_truth:
+    a mask file -> (H, W) uint8.
+    """
+
+    masks: Callable[[Prediction, Batch], Tensor]
+    truth: Callable
+    answer: Callable
+    write: Callable[[Path, np.ndarray], None]
+    read: ReadOptions
+
+
+def draw_object(read: ReadOptions) -> Drawing:
+    """One kind of object: outlines over the image."""
+
+    def masks(prediction: Prediction, batch: Batch) -> Tensor:
+        logits = batch.frames.restore(prediction.logits, batch.prompts.image_index)
+        return (logits[:, 0] > 0).to(torch.uint8)
+
+    return Drawing(
+        masks, truth_picture, overlay, lambda path, mask: write_png(path, mask * 255), read
+    )
+
+
+def draw_classes(read: ReadOptions) -> Drawing:
+    """Class maps: colours over the image."""
+    colours = class_colours(read.num_classes)
+
+    def masks(prediction: Prediction, batch: Batch) -> Tensor:
+        bands = batch.bands(read.num_classes)
+        answers = [batch.at_target(prediction.logits, band).argmax(1) for band in bands]
+        return torch.cat(answers, 1).to(torch.uint8)
+
+    return Drawing(
+        masks,
+        lambda image, truth: paint_classes(image, truth, colours),
+        lambda image, mask, truth, box: paint_classes(image, mask, colours),
+        lambda path, mask: write_classes(path, mask, colours),
+        read,
+    )
+
+
 class Pictures:
     """Keeps the predicted masks that a picture needs, and draws them over their images."""
 
-    def __init__(self, folder: RunFolder, pairs: dict[str, Pair], read: ReadOptions, shown: set):
-        self.folder, self.pairs, self.read, self.shown = folder, pairs, read, shown
+    def __init__(self, folder: RunFolder, pairs: dict[str, Pair], shown: set, draw: Drawing):
+        self.folder, self.pairs, self.shown, self.draw = folder, pairs, shown, draw
         self.masks: dict[str, dict[str, np.ndarray]] = {}  # id -> name of the model -> mask
         self.boxes: dict[str, list[float]] = {}
 
@@ -123,8 +196,7 @@ class Pictures:
         """Look at one scored batch; with `keep_all` write every mask and overlay at once."""
         if not keep_all and not self.shown & set(batch.ids):
             return
-        logits = batch.frames.restore(prediction.logits, batch.prompts.image_index)
-        masks = (logits[:, 0] > 0).cpu().numpy().astype(np.uint8)
+        masks = self.draw.masks(prediction, batch).cpu().numpy()
         boxes = original_boxes(batch)
         for row, (key, (height, width)) in enumerate(
             zip(batch.ids, batch.frames.original_size.tolist(), strict=True)
@@ -135,12 +207,8 @@ class Pictures:
                 self.masks.setdefault(key, {})[name] = mask
                 self.boxes[key] = box
             if keep_all:
-                pair = self.pairs[key]
-                picture = overlay(
-                    read_image(pair.image_path, self.read), mask,
-                    read_mask(pair.mask_path, self.read), box,
-                )  # fmt: skip
-                write_png(self.folder.predictions / "masks" / f"{key}.png", mask * 255)
+                picture = self.draw.answer(self._image(key), mask, self._truth(key), box)
+                self.draw.write(self.folder.predictions / "masks" / f"{key}.png", mask)
                 write_png(self.folder.predictions / "overlays" / f"{key}.png", picture)
 
     def write_sheet(self, names: list[str]) -> None:
@@ -151,13 +219,23 @@ class Pictures:
         rows = []
         for masks, boxes in gathered:
             for key, by_model in sorted(masks.items()):
-                image = read_image(self.pairs[key].image_path, self.read)
-                truth = read_mask(self.pairs[key].mask_path, self.read)
-                drawn = [overlay(image, by_model[name], truth, boxes[key]) for name in names]
-                rows.append([truth_picture(image, truth), *drawn])
+                image, truth = self._image(key), self._truth(key)
+                drawn = [self.draw.answer(image, by_model[n], truth, boxes[key]) for n in names]
+                rows.append([self.draw.truth(image, truth), *drawn])
         titles = ["truth", *(name.replace("_", "-") for name in names)]
         if rows:
             write_png(self.folder.examples, sheet(rows, titles))
+
+    def _image(self, key: str) -> np.ndarray:
+        return read_image(self.pairs[key].image_path, self.draw.read)
+
+    def _truth(self, key: str) -> np.ndarray:
+        return read_mask(self.pairs[key].mask_path, self.draw.read)
+
+
+def _plain(values: list[float]) -> list[float | None]:
+    """NaN as null, for JSON."""
+    return [None if math.isnan(value) else round(value, 6) for value in values]
 
 
 def _inherit(
@@ -175,8 +253,11 @@ def _inherit(
         raise UserError("the run knows no test data: set --test_image_dir and --test_mask_dir "
                         "(TEST_IMAGE_DIR and TEST_MASK_DIR in eval.sh)")  # fmt: skip
     prompts = merge(PromptOptions)
-    ADAPTERS[metadata["adapter"]].check(options_of(metadata, ModelOptions), prompts.prompt)
-    return test, merge(ReadOptions), prompts
+    read = merge(ReadOptions)
+    ADAPTERS[metadata["adapter"]].check(
+        options_of(metadata, ModelOptions), prompts.prompt, read.num_classes
+    )
+    return test, read, prompts
 
 
 def _write_table(path: Path, results: dict[str, Evaluation]) -> None:
@@ -184,7 +265,9 @@ def _write_table(path: Path, results: dict[str, Evaluation]) -> None:
     columns = {
         (name, score): {row["id"]: row[score] for row in result.rows}
         for name, result in results.items()
-        for score in result.scores
+        if result.rows
+        for score in result.rows[0]
+        if score != "id"
     }
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -206,4 +289,6 @@ def _format(results: dict[str, Evaluation], scores: dict) -> str:
         ))  # fmt: skip
     if not scores["base_sha256"] and "zero_shot" in results:
         lines.append("zero-shot: the same SAM before training, from random weights")
+    if "majority" in results:
+        lines.append("majority: the test set's most frequent class, everywhere")
     return "\n".join(lines)

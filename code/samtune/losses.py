@@ -6,7 +6,8 @@ state, nothing waits for the device, and pixels that the target marks `IGNORE` e
 
 Letters: R rows (questions, see `structures`), (H, W) the size of the target.
 Sources: Kyyle2114/SAM-Adapter-Pytorch-Implementation 66b0e9e (BCE + IoU loss);
-tianrun-chen/SAM-Adapter-PyTorch 665145d (balanced BCE, IoU loss without smoothing).
+tianrun-chen/SAM-Adapter-PyTorch 665145d (balanced BCE, IoU loss without smoothing);
+hitachinsk/SAMed e351840 (cross-entropy + soft Dice over classes).
 """
 
 from __future__ import annotations
@@ -14,11 +15,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from samtune.config import LossOptions
+from samtune.config import LossOptions, answers_classes
+from samtune.errors import UserError
 from samtune.structures import IGNORE, Batch, Prediction
 
 SMOOTH = 1e-3  # pixels; what a row whose target and prediction are both empty is decided by
+_DICE_SMOOTH = 1e-5
+
+
+def make_loss(options: LossOptions, num_classes: int, prompt: str) -> MaskLoss | ClassLoss:
+    """The loss of a model that answers with one mask per row, or with a mask per class.
+
+    num_classes, prompt: as flags say them.
+    """
+    if answers_classes(num_classes, prompt):
+        return ClassLoss(options, num_classes)
+    return MaskLoss(options)
 
 
 class MaskLoss:
@@ -34,7 +48,7 @@ class MaskLoss:
 
     def __call__(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.autocast(prediction.logits.device.type, enabled=False):
-            logits = batch.at_target(prediction.logits)
+            logits = batch.at_target(prediction.logits)[:, 0]
             terms = {
                 "bce": bce_rows(logits, batch.target),
                 "iou_loss": iou_loss_rows(logits, batch.target),
@@ -46,6 +60,76 @@ class MaskLoss:
         """The same as a scorer for validation: {"loss", "bce", "iou_loss"}, each (R,)."""
         total, terms = self(prediction, batch)
         return {"loss": total, **terms}
+
+
+class ClassLoss:
+    """Weighted sum of cross-entropy and soft Dice loss over K classes, per row.
+
+    Called like `MaskLoss`; the target holds class ids. Softmax and loss at full resolution are
+    computed band by band, and once more in the backward pass, so that memory is that of a band.
+    Raises UserError for class weights that are not K numbers above or equal to 0.
+    """
+
+    def __init__(self, options: LossOptions, num_classes: int):
+        self.options, self.num_classes = options, num_classes
+        self.class_weights = parse_class_weights(options.class_weights, num_classes)
+
+    def __call__(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        bands = batch.bands(self.num_classes)
+        sums = [self._of_band(prediction.logits, batch, band, len(bands) > 1) for band in bands]
+        cost, weight, both, squares = (sum(parts) for parts in zip(*sums, strict=True))
+        terms = {"ce": cost / weight.clamp(min=torch.finfo(weight.dtype).tiny)}
+        total = self.options.ce_weight * terms["ce"]
+        if self.options.dice_weight:
+            overlap = (2 * both + _DICE_SMOOTH) / (squares + _DICE_SMOOTH)
+            terms["dice_loss"] = 1 - overlap.mean(1)
+            total = total + self.options.dice_weight * terms["dice_loss"]
+        return total, terms
+
+    def scores(self, prediction: Prediction, batch: Batch) -> dict[str, Tensor]:
+        """The same as a scorer for validation."""
+        total, terms = self(prediction, batch)
+        return {"loss": total, **terms}
+
+    def _of_band(self, logits: Tensor, batch: Batch, band: slice, again: bool) -> tuple:
+        if again and logits.requires_grad:
+            return checkpoint(self._sums, logits, batch, band, use_reentrant=False)
+        return self._sums(logits, batch, band)
+
+    def _sums(self, logits: Tensor, batch: Batch, band: slice) -> tuple[Tensor, ...]:
+        """What the pixels of some lines add: weighted cost (R,), its weight (R,), and for the Dice
+        loss per class sum(p t) and sum(p^2) + sum(t^2), (R, K) each.
+        """
+        with torch.autocast(logits.device.type, enabled=False):
+            log_p = batch.at_target(logits, band).log_softmax(1)  # (R, K, h, W)
+            target = batch.target[:, band].long()
+            valid = target != IGNORE
+            target = target.where(valid, 0)
+            weights = self.class_weights.to(log_p.device)[target] * valid
+            cost = -log_p.gather(1, target[:, None])[:, 0] * weights
+            sums = cost.sum((1, 2)), weights.sum((1, 2))
+            if not self.options.dice_weight:
+                nothing = cost.new_zeros(())
+                return *sums, nothing, nothing
+            p = log_p.exp() * valid[:, None]
+            t = F.one_hot(target, self.num_classes).permute(0, 3, 1, 2) * valid[:, None]
+            return *sums, (p * t).sum((2, 3)), (p.square() + t).sum((2, 3))
+
+
+def parse_class_weights(text: str, num_classes: int) -> Tensor:
+    """(K,) float32 from numbers with commas between; ones for an empty text."""
+    if not text:
+        return torch.ones(num_classes)
+    try:
+        weights = torch.tensor([float(part) for part in text.split(",")])
+    except ValueError:
+        weights = torch.empty(0)
+    if len(weights) != num_classes or not (weights >= 0).all() or not weights.any():
+        raise UserError(
+            f"--class_weights {text}: expected {num_classes} numbers of at least 0 with commas "
+            "between, one per class"
+        )
+    return weights
 
 
 def bce_rows(logits: Tensor, target: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+from PIL import Image
 
 from samtune.structures import IGNORE
 
@@ -32,6 +33,34 @@ def overlay(image: np.ndarray, mask: np.ndarray, truth: np.ndarray, box=None) ->
         x0, y0, x1, y1 = (round(float(value)) for value in box)
         cv2.rectangle(picture, (x0, y0), (x1, y1), BOX, width)
     return picture
+
+
+def class_colours(count: int) -> np.ndarray:
+    """(count, 3) uint8 RGB, the colours of PASCAL VOC: class 0 black, neighbours far apart."""
+    ids = np.arange(count)[:, None]
+    bits = ids >> np.arange(0, 24, 3)[None, :]  # (count, 8): three bits of the id at a time
+    place = 7 - np.arange(8)
+    return np.stack([((bits >> c & 1) << place).sum(1) for c in range(3)], 1).astype(np.uint8)
+
+
+def paint_classes(image: np.ndarray, classes: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """Tint each pixel by its class, half and half; `IGNORE` is grey.
+
+    image: (H, W, 3) uint8 RGB. classes: (H, W) uint8 ids. colours: (K, 3) uint8 RGB.
+    """
+    table = np.full((256, 3), 128, np.uint8)
+    table[: len(colours)] = colours
+    picture = cv2.addWeighted(image, 0.4, table[classes], 0.6, 0)
+    picture[classes == IGNORE] = 128
+    return picture
+
+
+def write_classes(path: Path, classes: np.ndarray, colours: np.ndarray) -> None:
+    """Write (H, W) uint8 ids as a palette PNG: its values are the ids, its looks the colours."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.fromarray(classes, "L")
+    picture.putpalette(colours.tobytes())
+    picture.save(path)
 
 
 def sheet(rows: list[list[np.ndarray]], titles: list[str], side: int = 220) -> np.ndarray:

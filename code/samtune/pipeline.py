@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from samtune.config import LoaderOptions, PromptOptions, ReadOptions
+from samtune.config import LoaderOptions, PromptOptions, ReadOptions, answers_classes
 from samtune.data.datasets import SegmentationDataset
 from samtune.data.files import Pair, find_pairs, select
 from samtune.data.loading import make_loader
@@ -13,9 +13,11 @@ from samtune.data.sampler import eval_batches
 from samtune.data.scan import ScanReport, scan_pairs
 from samtune.engine import distributed
 from samtune.engine.distributed import Process
+from samtune.engine.evaluator import Scorer
 from samtune.engine.logbook import Logbook
 from samtune.errors import UserError
-from samtune.metrics.region import overlap
+from samtune.metrics.classes import ClassCounts
+from samtune.metrics.region import overlap, region_scores
 from samtune.structures import IGNORE, Batch, Prediction
 
 
@@ -78,6 +80,13 @@ def evaluation_loader(
     dataset = SegmentationDataset(pairs, read, image_size, prompts, "original")
     batches = eval_batches(len(pairs), loader.batch_size, process.rank, process.world)
     return make_loader(dataset, batches, loader.workers, process.device.type == "cuda")
+
+
+def validation_scores(num_classes: int, prompt: str) -> tuple[list[Scorer], ClassCounts | None]:
+    """What is measured while training: scores of rows, or counts of classes over the set."""
+    if answers_classes(num_classes, prompt):
+        return [], ClassCounts(num_classes)
+    return [region_scores], None
 
 
 def original_boxes(batch: Batch) -> Tensor | None:

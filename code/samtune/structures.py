@@ -20,13 +20,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 IGNORE = 255  # a pixel of a mask that no loss and no metric reads
+ALL = slice(None)
+_BAND_VALUES = 2**24  # 64 MiB in float32
 
 
 @dataclass(frozen=True)
 class Sample:
     """One picture with its mask, as read from disk.
 
-    image: (H, W, 3) uint8 RGB. mask: (H, W) uint8, 0 background, 1 foreground, `IGNORE` unread.
+    image: (H, W, 3) uint8 RGB. mask: (H, W) uint8, 0 background, 1 foreground, or class ids;
+    `IGNORE` unread.
     id: the key that paired the two files; image_path, mask_path: where they lie.
     """
 
@@ -78,14 +81,17 @@ class Frames:
         """(R, C, h, w) decoder logits -> (R, C, S_h, S_w), bilinear, in float32."""
         return F.interpolate(logits.float(), self.frame_size, mode="bilinear", align_corners=False)
 
-    def restore(self, logits: Tensor, image_index: Tensor | None = None) -> Tensor:
+    def restore(
+        self, logits: Tensor, image_index: Tensor | None = None, lines: slice = ALL
+    ) -> Tensor:
         """(R, C, h, w) decoder logits -> (R, C, canvas) at the pictures' own resolution, float32.
 
         SAM's post-processing: bilinear to the frame, crop the padding, bilinear to the original
         size. Each of the two is linear and separable, so both together are one small matrix per
         axis and image: no loop over images of different sizes, and a deterministic backward pass.
         Row r's picture fills the upper left of its canvas; beyond it the values mean nothing.
-        image_index: (R,) the image of each row; None when row r asks about image r.
+        image_index: (R,) the image of each row; None when row r asks about image r. lines: which
+        lines of the canvas to compute.
         """
         original, valid = self.original_size, self.valid_size
         if image_index is not None:
@@ -98,21 +104,23 @@ class Frames:
                     self.frame_size[axis],
                     valid[:, axis],
                     original[:, axis],
-                    self.canvas_size[axis],
+                    torch.arange(self.canvas_size[axis], device=logits.device)[part],
                 )
-                for axis in (0, 1)
+                for axis, part in enumerate((lines, ALL))
             )  # (R, canvas_h, h), (R, canvas_w, w)
             return down[:, None] @ logits @ across[:, None].transpose(2, 3)
 
 
-def _resize_matrix(low: int, frame: int, valid: Tensor, original: Tensor, canvas: int) -> Tensor:
-    """(R, canvas, low): the weights of resizing low -> frame, cropping to valid, -> original."""
+def _resize_matrix(low: int, frame: int, valid: Tensor, original: Tensor, at: Tensor) -> Tensor:
+    """(R, len(at), low): the weights of resizing low -> frame, cropping to valid, -> original.
+
+    at: which pixels of the original.
+    """
     device = valid.device
     last = torch.tensor(low - 1, device=device)
     up = _bilinear(torch.arange(frame, device=device), low / frame, last, low)  # (frame, low)
-    position = torch.arange(canvas, device=device)[None]  # (1, canvas)
     ratio = valid.float()[:, None] / original.float()[:, None]  # (R, 1)
-    return _bilinear(position, ratio, valid[:, None] - 1, frame) @ up
+    return _bilinear(at[None], ratio, valid[:, None] - 1, frame) @ up
 
 
 def _bilinear(position: Tensor, ratio: float | Tensor, last: Tensor, length: int) -> Tensor:
@@ -155,10 +163,10 @@ class Prediction(NamedTuple):
 class Batch:
     """What the loader hands to the model.
 
-    image: (B, 3, S_h, S_w) uint8, zero where padded. target: (R, T_h, T_w) uint8 (0, 1, `IGNORE`),
-    on the canvas of original sizes, or in the frame where `in_frame`. weight: (R,) float32, 1 for a
-    real sample and 0 for one that only keeps the ranks in step. ids, paths: B strings for messages
-    and files.
+    image: (B, 3, S_h, S_w) uint8, zero where padded. target: (R, T_h, T_w) uint8 (0, 1, or class
+    ids where the model answers with a mask per class; `IGNORE`), on the canvas of original sizes,
+    or in the frame where `in_frame`. weight: (R,) float32, 1 for a real sample and 0 for one that
+    only keeps the ranks in step. ids, paths: B strings for messages and files.
     """
 
     image: Tensor
@@ -170,11 +178,24 @@ class Batch:
     paths: list[str] = field(default_factory=list)
     in_frame: bool = False
 
-    def at_target(self, logits: Tensor) -> Tensor:
-        """(R, 1, h, w) decoder logits -> (R, T_h, T_w) float32, where the target lies."""
+    def at_target(self, logits: Tensor, lines: slice = ALL) -> Tensor:
+        """(R, C, h, w) decoder logits -> (R, C, T_h, T_w) float32, where the target lies.
+
+        lines: which lines of the target.
+        """
         if self.in_frame:
-            return self.frames.to_frame(logits)[:, 0]
-        return self.frames.restore(logits, self.prompts.image_index)[:, 0]
+            return self.frames.to_frame(logits)[:, :, lines]
+        return self.frames.restore(logits, self.prompts.image_index, lines)
+
+    def bands(self, values: int) -> list[slice]:
+        """The target's lines, cut such that `values` numbers per pixel of a band stay few.
+
+        What is computed for every pixel and class at full resolution is computed band by band, so
+        that memory does not grow with the pictures.
+        """
+        rows, height, width = self.target.shape
+        lines = max(1, _BAND_VALUES // (rows * width * values))
+        return [slice(start, start + lines) for start in range(0, height, lines)]
 
     def to(self, device: torch.device) -> Batch:
         """Copy every tensor, without waiting for it when the memory is pinned."""

@@ -23,12 +23,17 @@ from samtune.engine.logbook import Logbook, parameter_summary
 from samtune.engine.optim import build_optimizer, build_schedule
 from samtune.engine.trainer import Trainer
 from samtune.errors import UserError
-from samtune.losses import MaskLoss
-from samtune.metrics.region import region_scores
+from samtune.losses import make_loss
 from samtune.models.anatomy import checkpoint_activations
 from samtune.models.segmenter import PromptedSam
 from samtune.models.weights import find_checkpoint
-from samtune.pipeline import check_pairs, evaluation_loader, load_pairs, usable
+from samtune.pipeline import (
+    check_pairs,
+    evaluation_loader,
+    load_pairs,
+    usable,
+    validation_scores,
+)
 from samtune.run_folder import RunFolder, new_name
 from samtune.trained import describe
 
@@ -184,14 +189,16 @@ def _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state):
         train_pairs, config.read, image_size, config.prompts, config.loss.loss_resolution,
         augment=config.data.augment, seed=run.seed, train=True,
     )  # fmt: skip
-    criterion = MaskLoss(config.loss)
+    task = config.read.num_classes, config.prompts.prompt
+    criterion = make_loss(config.loss, *task)
+    scorers, counter = validation_scores(*task)
     if options.activation_checkpointing:
         checkpoint_activations(model.image_encoder)
     wrapped = distributed.wrap(model, process)
     optimizer = build_optimizer(wrapped, options)
     schedule = build_schedule(optimizer, options, run.epoch * plan.steps_per_epoch)
     trainer = Trainer(
-        wrapped, criterion, [region_scores], optimizer, schedule, process,
+        wrapped, criterion, scorers, optimizer, schedule, process,
         clip_norm=options.clip_norm, precision=options.precision,
     )  # fmt: skip
 
@@ -199,7 +206,7 @@ def _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state):
     val_loader = evaluation_loader(
         val_pairs, config.read, config.prompts, image_size, loader, process
     )
-    evaluator = Evaluator(model, [criterion.scores, region_scores], process, trainer.precision)
+    evaluator = Evaluator(model, [criterion.scores, *scorers], process, trainer.precision, counter)
 
     def make_batches(epoch: int, first_step: int):
         return make_loader(dataset, plan.batches(epoch, first_step), loader.workers, on_gpu)

@@ -49,9 +49,14 @@ def load_untuned(path: str | Path, checkpoint: str = "") -> PromptedSam | None:
     metadata = read_metadata(trained_file(path))
     if metadata["image_size"] % MODEL_TYPES[metadata["model_type"]].patch_size:
         return None
-    base = base_file(metadata, checkpoint)
-    seed = metadata["config"]["seed"]
-    return build_untuned(options_of(metadata, ModelOptions), base, seed).eval()
+    config = metadata["config"]
+    return build_untuned(
+        options_of(metadata, ModelOptions),
+        base_file(metadata, checkpoint),
+        config["seed"],
+        options_of(metadata, ReadOptions).num_classes,
+        config["prompt"],
+    )
 
 
 def describe(model: PromptedSam, base: Path | None, config: dict) -> dict:

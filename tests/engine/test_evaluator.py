@@ -262,3 +262,34 @@ def test_two_real_processes_agree_also_when_one_has_nothing_to_score(count, mode
     single = Evaluator(model, [score], SINGLE).run(loader(count))
     assert answers[0] == [single.scores, "box", single.rows]
     assert answers[1] == [single.scores, "box", []]
+
+
+class Counting:
+    """Counts that are no mean: the sum over rows of (a, b), scored a / b."""
+
+    def __call__(self, prediction, batch):
+        value = batch.image[:, 0, 0, 0].long()
+        return torch.stack([value, value * value], dim=1)
+
+    @staticmethod
+    def scores(counts):
+        a, b = counts.tolist()
+        return {"ratio": a / b}
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_counts_are_summed_over_the_set_without_fillers(world, model, monkeypatch):
+    def run(process):
+        shard = loader(7, process.rank, world)
+        if process.rank == 0:
+            shard.append(make_batch([3], weight=torch.zeros(1)))
+        return Evaluator(model, [score], process, counter=Counting()).run(shard)
+
+    ranks = Ranks(world)
+    monkeypatch.setattr(evaluator_module, "distributed", ranks)
+    values = [7 * i + 1 for i in range(7)]
+    for future in ranks.run(run):
+        result = future.result()
+        assert result.counts.tolist() == [sum(values), sum(v * v for v in values)]
+        assert result.scores["ratio"] == sum(values) / sum(v * v for v in values)
+        assert {"score", "other"} < result.scores.keys()

@@ -22,7 +22,7 @@ from samtune.adapters.options import (
     TsSamOptions,
 )
 from samtune.adapters.published import samed_renames
-from samtune.config import ModelOptions
+from samtune.config import ModelOptions, answers_classes
 from samtune.errors import UserError
 
 if TYPE_CHECKING:
@@ -167,9 +167,8 @@ def build_model(
     adapter.check(options, prompt, num_classes)
     base = replace(options, image_size=0) if adapter.any_size else options
     sam, report = _frozen_base(base, checkpoint, seed, adapter.stride)
-    if num_classes > 1 and prompt == "none":
-        with seeded(seed + 2):
-            report = _give_classes(sam, num_classes, options.class_layout, report)
+    if answers_classes(num_classes, prompt):
+        report = _give_classes(sam, num_classes, options.class_layout, report, seed)
     if adapter.any_size and options.image_size:
         sam.image_encoder.img_size = options.image_size
         sam.prompt_encoder.input_image_size = (options.image_size, options.image_size)
@@ -181,13 +180,21 @@ def build_model(
     return _account(model, report).eval()
 
 
-def build_untuned(options: ModelOptions, checkpoint: Path | None, seed: int) -> PromptedSam:
+def build_untuned(
+    options: ModelOptions,
+    checkpoint: Path | None,
+    seed: int,
+    num_classes: int = 1,
+    prompt: str = "none",
+) -> PromptedSam:
     """Stock SAM in the adapter's frame, all frozen: what `build_model` with the same arguments
     starts from, but that patches lie side by side.
     """
     from samtune.models.segmenter import PromptedSam
 
     sam, report = _frozen_base(options, checkpoint, seed)
+    if answers_classes(num_classes, prompt):
+        report = _give_classes(sam, num_classes, options.class_layout, report, seed)
     return _account(PromptedSam(sam), report).eval()
 
 
@@ -211,12 +218,14 @@ def _frozen_base(
 
 
 def _give_classes(
-    sam: Sam, num_classes: int, layout: str, report: LoadReport | None
+    sam: Sam, num_classes: int, layout: str, report: LoadReport | None, seed: int
 ) -> LoadReport | None:
+    from samtune.adapters.layers import seeded
     from samtune.models.weights import give_classes
 
     try:
-        report = give_classes(sam, num_classes, layout, report)
+        with seeded(seed + 2):
+            report = give_classes(sam, num_classes, layout, report)
     except ValueError as error:
         raise UserError(f"--num_classes {num_classes}: {error}") from None
     sam.requires_grad_(False)

@@ -38,9 +38,13 @@ def augment(sample: Sample, name: str, seed: int | Sequence[int]) -> Sample:
         random.Random(int.from_bytes(seeds.generate_state(4).tobytes(), "little")),
     )
     variant = transform(image=sample.image, mask=sample.mask)
-    if (sample.mask == 1).any() and not (variant["mask"] == 1).any():
+    if _shows_object(sample.mask) and not _shows_object(variant["mask"]):
         return sample
     return replace(sample, image=variant["image"], mask=variant["mask"])
+
+
+def _shows_object(mask: np.ndarray) -> bool:
+    return bool(((mask != 0) & (mask != IGNORE)).any())
 
 
 @lru_cache

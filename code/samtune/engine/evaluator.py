@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,16 @@ from samtune.structures import Batch, Prediction, Prompts
 Scorer = Callable[[Prediction | None, Batch], dict[str, Tensor]]
 
 
+class Counter(Protocol):
+    """Scores that are no mean over rows: what each row adds to integer counts of the whole set."""
+
+    def __call__(self, prediction: Prediction, batch: Batch) -> Tensor:
+        """(R, ...) int64."""
+
+    def scores(self, counts: Tensor) -> dict[str, float]:
+        """Scores by name from the sum over all rows."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """What a set of images scored.
@@ -26,19 +37,21 @@ class Evaluation:
     scores: mean over rows by name, equal on all ranks. rows: on rank 0 one dict per row, "id" and
     each score, sorted by id; empty elsewhere. prompt: what the model was told, read off the batches
     themselves ("box", "points", "box+points" or "none"): a score without it says little, since the
-    box of the true mask gives much away.
+    box of the true mask gives much away. counts: the counter's sum over rows, None without one.
     """
 
     scores: dict[str, float]
     rows: list[dict]
     prompt: str
+    counts: Tensor | None = None
 
 
 class Evaluator:
     """Scores a model on this rank's share of a set; the shares of all ranks make the whole.
 
     model: the unwrapped model, or None for scorers that look at the batch alone. scorers: their
-    names must differ. precision: 'auto', 'fp32', 'bf16' or 'fp16', of the forward pass only.
+    names must differ. counter: further scores, from sums over the whole set. precision: 'auto',
+    'fp32', 'bf16' or 'fp16', of the forward pass only.
     """
 
     def __init__(
@@ -47,8 +60,9 @@ class Evaluator:
         scorers: Sequence[Scorer],
         process: Process,
         precision: str = "fp32",
+        counter: Counter | None = None,
     ):
-        self.model, self.scorers = model, scorers
+        self.model, self.scorers, self.counter = model, scorers, counter
         self.process, self.precision = process, resolve_precision(precision, process.device)
 
     def run(
@@ -63,9 +77,9 @@ class Evaluator:
         device. The mean is the exactly rounded one of all rows, so it does not depend on how they
         were dealt. Raises UserError on all ranks if one of them meets it.
         """
-        rows, prompt, error = [], None, None
+        rows, prompt, counts, error = [], None, None, None
         try:
-            rows, prompt = self._score(loader, progress, on_batch)
+            rows, prompt, counts = self._score(loader, progress, on_batch)
         except UserError as raised:
             error = raised
         except torch.OutOfMemoryError:
@@ -74,12 +88,12 @@ class Evaluator:
                 "set --precision bf16"
             )
         distributed.agree(error)
-        return _join(rows, prompt)
+        return self._join(rows, prompt, counts)
 
     @torch.no_grad()
-    def _score(self, loader, progress, on_batch) -> tuple[list[dict], str | None]:
-        """This rank's rows, and the prompt; (rows, None) where the loader has no batch."""
-        names, ids, values, prompt = [], [], [], None
+    def _score(self, loader, progress, on_batch) -> tuple[list[dict], str | None, Tensor | None]:
+        """This rank's rows, the prompt and the counts; the latter None where there is no batch."""
+        names, ids, values, prompt, counts = [], [], [], None, None
         with _eval_mode(self.model):
             for batch in loader:
                 prompt = _prompt_of(batch.prompts)
@@ -91,15 +105,23 @@ class Evaluator:
                 names = list(scores)
                 rows = torch.stack([score.double() for score in scores.values()], dim=1)
                 values.append((rows, real))
+                if self.counter:
+                    more = self.counter(prediction, batch)
+                    more = (more * _beside(batch.weight > 0, more)).sum(0)
+                    counts = more if counts is None else counts + more
                 if on_batch:
                     on_batch(prediction, batch)
                 if progress:
                     progress(1)
         table = [row for rows, real in values for row in rows.cpu()[real].tolist()]
-        return [
-            {"id": key, **dict(zip(names, row, strict=True))}
-            for key, row in zip(ids, table, strict=True)
-        ], prompt
+        return (
+            [
+                {"id": key, **dict(zip(names, row, strict=True))}
+                for key, row in zip(ids, table, strict=True)
+            ],
+            prompt,
+            None if counts is None else counts.cpu(),
+        )
 
     def _predict(self, batch: Batch) -> Prediction | None:
         if self.model is None:
@@ -116,18 +138,20 @@ class Evaluator:
             scores |= more
         return scores
 
-
-def _join(rows: list[dict], prompt: str | None) -> Evaluation:
-    """Collective. Every rank's rows on rank 0, their means on every rank."""
-    gathered = distributed.gather_objects((rows, prompt))
-    scores, rows = {}, []
-    if gathered is not None:
-        rows = sorted((row for part, _ in gathered for row in part), key=lambda row: row["id"])
-        prompt = next((told for _, told in gathered if told is not None), "none")
-        names = [name for name in rows[0] if name != "id"] if rows else []
-        scores = {name: math.fsum(row[name] for row in rows) / len(rows) for name in names}
-    scores, prompt = distributed.broadcast_object((scores, prompt))
-    return Evaluation(scores, rows, prompt)
+    def _join(self, rows: list[dict], prompt: str | None, counts: Tensor | None) -> Evaluation:
+        """Collective. Every rank's rows on rank 0; their means, and all counts, on every rank."""
+        gathered = distributed.gather_objects((rows, prompt, counts))
+        scores, rows = {}, []
+        if gathered is not None:
+            rows = sorted((row for part, *_ in gathered for row in part), key=lambda r: r["id"])
+            prompt = next((told for _, told, _ in gathered if told is not None), "none")
+            names = [name for name in rows[0] if name != "id"] if rows else []
+            scores = {name: math.fsum(row[name] for row in rows) / len(rows) for name in names}
+            parts = [part for *_, part in gathered if part is not None]
+            counts = sum(parts) if parts else None
+            scores |= self.counter.scores(counts) if parts else {}
+        scores, prompt, counts = distributed.broadcast_object((scores, prompt, counts))
+        return Evaluation(scores, rows, prompt, counts)
 
 
 class _eval_mode:
@@ -144,6 +168,11 @@ class _eval_mode:
     def __exit__(self, *_) -> None:
         for part, training in self.modes:
             part.training = training
+
+
+def _beside(values: Tensor, other: Tensor) -> Tensor:
+    """(R,) -> (R, 1, ...), with as many dimensions as `other`."""
+    return values.reshape(-1, *[1] * (other.dim() - 1))
 
 
 def _row_ids(batch: Batch) -> list[str]:

@@ -19,7 +19,7 @@ SMOOTH = 1e-3  # pixels
 @torch.no_grad()
 def region_scores(prediction: Prediction, batch: Batch) -> dict[str, Tensor]:
     """{"iou": (R,), "dice": (R,)} of the hard masks, float64, without a host sync or a graph."""
-    predicted = (batch.at_target(prediction.logits) > 0) & (batch.target != IGNORE)
+    predicted = (batch.at_target(prediction.logits)[:, 0] > 0) & (batch.target != IGNORE)
     true = batch.target == 1
     both = (predicted & true).sum((1, 2))
     return overlap(both, predicted.sum((1, 2)) + true.sum((1, 2)))
