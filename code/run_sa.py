@@ -1,4 +1,4 @@
-"""The one entry: `run_sa.py [train|evaluate|benchmark] [flags]`, alone or under torchrun.
+"""The one entry: `run_sa.py [VERB] [flags]`, alone or under torchrun.
 
 Reads the flags (without importing torch, so that `--help` and typos answer at once), imports the
 verb and runs it. A user's mistake ends here as one line on rank 0, without a traceback.
@@ -34,6 +34,7 @@ VERBS = {
     "merge": "fold a trained adapter into a stock SAM's weights, where that is possible",
     "compare": "train several adapters under one budget, with the flags of train",
     "benchmark": "time training steps on random data; the last line is JSON",
+    "adapters": "print what each adapter does, takes, trains and costs, as Markdown",
 }
 NEXT_STEPS = """
 That was the sample set. For your own images: edit the variables at the top of run.sh (MODEL_TYPE,
@@ -143,6 +144,14 @@ def benchmark(argv: list[str]) -> None:
         run(config, process)
 
 
+def adapters(argv: list[str]) -> None:
+    """What there is to choose from."""
+    flags.Parser(prog="run_sa.py adapters", description=VERBS["adapters"]).parse_args(argv)
+    from samtune.adapter_table import run
+
+    print(run(), end="")
+
+
 class Processes:
     """This process among those that torchrun started. torch is imported here, not for --help."""
 
@@ -229,6 +238,7 @@ RUN = {
     "merge": merge,
     "compare": compare,
     "benchmark": benchmark,
+    "adapters": adapters,
 }
 
 if __name__ == "__main__":

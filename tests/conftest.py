@@ -4,6 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from samtune.models import MODEL_TYPES, ModelType
+from tiny_models import TINY
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -38,3 +41,17 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no data at {folder}")
     return folder
+
+
+@pytest.fixture
+def tiny(monkeypatch) -> ModelType:
+    """A small ViT; the table of model types holds it under `tiny`, and a TinyViT as `tiny_t`."""
+    for name, row in TINY.items():
+        monkeypatch.setitem(MODEL_TYPES, name, row)
+    return TINY["tiny"]
+
+
+@pytest.fixture
+def tiny_t(tiny) -> ModelType:
+    """A small TinyViT, under the name `tiny_t`."""
+    return TINY["tiny_t"]

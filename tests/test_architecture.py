@@ -9,9 +9,9 @@ CODE = Path(__file__).resolve().parents[1] / "code"
 PACKAGE = CODE / "samtune"
 GROUND = {"errors", "structures", "config", "flags", "run_folder", "tensor_files"}
 WINGS = {"models", "data", "metrics", "losses", "engine"}
-VERBS = {"train", "evaluate", "importing", "merging", "compare", "benchmark"}
+VERBS = {"train", "evaluate", "importing", "merging", "compare", "benchmark", "adapter_table"}
 # Composition that verbs share. It imports the wings and is imported by verbs only.
-COMPOSED = {"pipeline", "trained", "pictures", "gallery"}
+COMPOSED = {"pipeline", "trained", "pictures", "gallery", "complexity"}
 
 # room -> the rooms it may import beside itself
 MAY_IMPORT = {
