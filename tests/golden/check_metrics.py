@@ -118,7 +118,7 @@ def _check_saliency(expected: Expected, pairs: Measurer) -> None:
 def _check_precision(expected: Expected, pairs: Measurer) -> None:
     precision, recall = [], []
     for truth, answer in pairs.pairs:
-        counts = cut_at_levels(stretched(answer.probability, truth != IGNORE)[:].ravel(),
+        counts = cut_at_levels(stretched(answer.probability, truth != IGNORE).ravel(),
                                truth.ravel() == 1)  # fmt: skip
         precision.append(counts.tp / np.maximum(counts.tp + counts.fp, 1))
         recall.append(counts.tp / np.maximum(counts.tp + counts.fn, 1))
@@ -311,7 +311,7 @@ def _check_instances(expected: Expected, inputs: dict) -> None:
     for true, found, by_label in zip(
         inputs["inst_gt"], inputs["inst_pred"], inputs["inst_pred_score_by_label"], strict=True
     ):
-        scores = by_label[np.unique(found)[1:]]
+        scores = by_label[np.unique(found[found > 0])]
         answer = Answer(masks=masks_of(found), scores=scores)
         rows.append(accuracy.measure(masks_of(true), answer))
         tables.append(precision.measure(masks_of(true), answer))

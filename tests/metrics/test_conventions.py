@@ -39,7 +39,6 @@ def column(metric, truth, answer, name):
         (Overlap(smooth=1e-3), "iou", 1, 1e-3 / 160.001, 1e-3 / 160.001),
         (BoundaryIoU(), "boundary_iou", np.nan, 0, 0),
         (StructureMeasure(), "S_measure", 1, 0.5, 0.375),
-        (WeightedF(), "weighted_F", 0, 0, 0),
         (MeanAbsoluteError(), "MAE", 0, 0.5, 0.5),
         (Curve("iou"), "iou_binary", 0, 0, 0),
         (BalancedError(), "BER", np.nan, np.nan, 50),
@@ -51,6 +50,26 @@ def test_empty_masks(metric, name, both, only_answer, only_truth):
     ):  # fmt: skip
         found = column(metric, truth, answer, name)
         np.testing.assert_allclose(found, expected, atol=1e-6, equal_nan=True)
+
+
+def test_weighted_f_of_nothing_to_find_and_of_nothing_found_is_zero():
+    inside = np.pad(np.ones((4, 4), np.uint8), ((6, 6), (8, 8)))  # at the edge it would be more
+    for truth, answer in ((EMPTY, EMPTY), (EMPTY, HALF), (inside, EMPTY)):
+        assert column(WeightedF(), truth, answer, "weighted_F") == pytest.approx(0, abs=1e-12)
+
+
+def test_smoothed_overlap_is_that_of_training():
+    """The score that is watched during training and the one that is reported are one."""
+    from torch import tensor
+
+    from samtune.metrics.region import overlap
+
+    rng = np.random.default_rng(0)
+    truth, answer = rng.random((2, 16, 20)) < 0.4
+    both, total = (truth & answer).sum(), truth.sum() + answer.sum()
+    for name, expected in overlap(tensor([both]), tensor([total])).items():
+        found = column(Overlap(smooth=1e-3), truth.astype(np.uint8), answer, name)
+        assert found == pytest.approx(expected.item(), abs=1e-15)
 
 
 def test_a_perfect_answer_scores_the_best():

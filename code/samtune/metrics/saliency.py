@@ -134,7 +134,8 @@ def weighted_f(grey: np.ndarray, true: np.ndarray, read: np.ndarray, beta2: floa
         return 0.0
     distance, nearest = ndimage.distance_transform_edt(~true, return_indices=True)
     error = np.where(read, np.abs(grey - true), 0)
-    carried = error[tuple(nearest)]  # outside the object, the error of its nearest pixel
+    # Outside the object, the error of its nearest pixel; what is not read, as beyond the edge, 0.
+    carried = np.where(read, error[tuple(nearest)], 0)
     smooth = ndimage.correlate1d(carried, _gaussian(), axis=0, mode="constant")
     smooth = ndimage.correlate1d(smooth, _gaussian(), axis=1, mode="constant")
     missed = np.minimum(error, smooth)[true]
