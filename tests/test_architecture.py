@@ -33,7 +33,7 @@ ONLY_IN = {
     "segment_anything": {"models/"},
     "timm": {"models/tiny_vit.py"},
 }
-TORCH_FREE = ["errors", "config", "flags", "run_folder", "adapters", "models"]
+TORCH_FREE = ["errors", "config", "flags", "run_folder", "adapters", "models", "metrics.protocols"]
 
 
 def modules():
