@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from samtune.config import LoaderOptions, PromptOptions, ReadOptions
+from samtune.config import LoaderOptions, PromptOptions, ReadOptions, Size
 from samtune.data.datasets import SegmentationDataset
 from samtune.data.files import Pair, find_pairs, select
 from samtune.data.loading import make_loader
@@ -34,7 +34,7 @@ def check_pairs(
     name: str,
     pairs: list[Pair],
     read: ReadOptions,
-    image_size: int,
+    image_size: Size,
     process: Process,
     logbook: Logbook,
 ) -> ScanReport:
@@ -70,7 +70,7 @@ def evaluation_loader(
     pairs: list[Pair],
     read: ReadOptions,
     prompts: PromptOptions,
-    image_size: int,
+    image_size: Size,
     loader: LoaderOptions,
     process: Process,
 ):
