@@ -17,7 +17,7 @@ COMPOSED = {"pipeline", "trained", "pictures", "gallery", "complexity"}
 MAY_IMPORT = {
     **{name: set() for name in GROUND},
     "run_folder": {"errors"},
-    "flags": {"errors"},
+    "flags": {"errors", "config"},
     "tensor_files": {"errors"},
     **dict.fromkeys(WINGS, GROUND),
     "adapters": GROUND | {"models"},

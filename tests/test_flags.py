@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from samtune import flags
-from samtune.config import RETIRED, option
+from samtune.config import RETIRED, ModelOptions, TrainDataOptions, option
+from samtune.config import Size as Pixels
 from samtune.errors import UserError
 
 
@@ -126,3 +127,46 @@ def test_help_names_units_and_defaults(capsys):
     text = capsys.readouterr().out
     assert ended.value.code == 0
     assert "pixels (default: 3)" in text and "100% of the height" in text
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Picture"""
+
+    frame: Pixels = option(Pixels(0, 0), "pixels")
+
+
+def parse_frame(*argv):
+    return flags.parse("prog", "", [Picture], argv).instances[0].frame
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("256", (256, 256)), ("360x480", (360, 480)), ("0", (0, 0)), ("", (0, 0))],
+)
+def test_sizes_are_numbers_or_height_x_width(tmp_path, text, size):
+    """As flag and in YAML, where the number of old files is no text; what is dumped reads back."""
+    assert parse_frame("--frame", text) == size
+    file = tmp_path / "c.yaml"
+    file.write_text(f"frame: {text}" if text else "frame: ''")
+    assert parse_frame("--config", str(file)) == size
+    dumped = flags.dump([Picture(Pixels(*size))])
+    assert type(dumped["frame"]) is (int if size[0] == size[1] else str)
+    file.write_text(yaml.safe_dump(dumped))
+    assert parse_frame("--config", str(file)) == size
+
+
+@pytest.mark.parametrize("text", ["x", "360x", "x480", "3x4x5", "12.5", "-16", "360 x 480"])
+def test_what_is_no_size_is_said(tmp_path, text):
+    file = tmp_path / "c.yaml"
+    file.write_text(f"frame: {text}")
+    for argv in ([f"--frame={text}"], ["--config", str(file)]):
+        with pytest.raises(UserError, match=rf"frame: expected .*HEIGHTxWIDTH.*'{text}'"):
+            parse_frame(*argv)
+
+
+def test_a_size_says_itself_and_whether_it_was_said():
+    assert f"{Pixels(360, 480)} {Pixels(64, 64)}" == "360x480 64"
+    assert not Pixels(0, 0) and Pixels(16, 16)
+    assert ModelOptions(image_size=64) == ModelOptions(image_size="64x64")
+    assert TrainDataOptions(crop=(32, 64)).crop == Pixels(32, 64) and not TrainDataOptions().crop

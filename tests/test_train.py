@@ -7,12 +7,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
 from samtune import config as c
-from samtune.adapters.options import DecoderOptions, LoraOptions, SamAdapterOptions, TsSamOptions
+from samtune.adapters.gsam import Gsam
+from samtune.adapters.options import (
+    DecoderOptions,
+    GsamOptions,
+    LoraOptions,
+    SamAdapterOptions,
+    TsSamOptions,
+)
 from samtune.data.sample_data import make_sample_set
+from samtune.engine.checkpoint import read_metadata
 from samtune.engine.distributed import Process
 from samtune.errors import UserError
 from samtune.evaluate import run as evaluate
@@ -20,6 +29,7 @@ from samtune.importing import run as import_weights
 from samtune.merging import run as merge
 from samtune.models import MODEL_TYPES
 from samtune.models.sam import build_sam
+from samtune.run_folder import RunFolder
 from samtune.train import run as train
 from samtune.trained import load_trained, load_untuned
 
@@ -133,6 +143,8 @@ def test_bad_files_are_named_before_training(config, how, kind, said):
     ("group", "changes", "said"),
     [
         ("model", {"image_size": 100}, "--image_size 100"),
+        ("model", {"image_size": "48x100"}, "--image_size 48x100"),
+        ("data", {"crop": 32}, "--crop 32: --adapter sam_adapter"),
         ("model", {"model_type": "vit_b"}, "sam_vit_b_01ec64.pth"),
         ("model", {"checkpoint": "gone.pth"}, "gone.pth"),
         ("data", {"train_image_dir": "nowhere"}, "nowhere"),
@@ -291,3 +303,84 @@ def test_class_ids_that_are_none_are_said_before_training(config):
     )
     with pytest.raises(UserError, match=r"2.*--num_classes 2"):
         train(config, None, ALONE)
+
+
+# Frames that are not square
+
+
+def test_a_frame_that_is_not_square_from_training_to_score(config):
+    """Its size is written once and known to all: going on, loading, scoring, importing."""
+    torch.manual_seed(0)
+    torch.save(build_sam("tiny").state_dict(), "base.pth")
+    model = replace(config.model, checkpoint="base.pth", image_size="48x80")
+    run = replace(config.run, save_pth=True)
+    config = replace(config, model=model, run=run)
+    train(config, None, ALONE)
+    assert yaml.safe_load(Path("run/config.yaml").read_text())["image_size"] == "48x80"
+    assert read_metadata("run/best.safetensors")["image_size"] == "48x80"
+    train(replace(config, run=replace(run, epoch=2)), RunFolder("run"), ALONE)
+    assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 2
+    assert load_trained("run").image_size == load_untuned("run").image_size == (48, 80)
+    scores = score()
+    assert scores["image_size"] == "48x80" and scores["zero_shot"]["loss"] > 0
+    with pytest.raises(UserError, match="frames of 48x80 pixels, and stock SAM squares only"):
+        load_trained("run").as_sam()
+    source = c.ImportConfig(
+        c.ImportOptions("run/best.pth"), config.model, config.read, config.prompts,
+        c.RunOptions(output_dir="imported"), config.adapter,
+    )  # fmt: skip
+    import_weights(source, ALONE)
+    assert load_trained("imported").image_size == (48, 80)
+
+
+def test_a_run_in_another_frame_is_another_model(config):
+    train(replace(config, model=replace(config.model, image_size="48x80")), None, ALONE)
+    turned = replace(config, model=replace(config.model, image_size="80x48"))
+    with pytest.raises(UserError, match=r"image_size '48x80' \(here '80x48'\)"):
+        train(turned, RunFolder("run"), ALONE)
+
+
+def test_squares_are_written_as_they_always_were(config):
+    """So that runs from before other frames existed go on, and are scored."""
+    train(config, None, ALONE)
+    metadata = read_metadata("run/best.safetensors")
+    assert metadata["image_size"] == 64 and metadata["config"]["image_size"] == 0
+    assert load_trained("run").image_size == load_untuned("run").image_size == (64, 64)
+    assert score()["image_size"] == 64
+
+
+@pytest.mark.parametrize("prompt", ["box", "none"])
+def test_gsam_trains_on_crops_and_is_scored_on_whole_frames(config, prompt, monkeypatch):
+    seen = {True: set(), False: set()}  # in training?
+    encode = Gsam.encode
+
+    def spy(self, image, valid_size=None):
+        seen[self.training].add(tuple(image.shape[-2:]))
+        return encode(self, image, valid_size)
+
+    monkeypatch.setattr(Gsam, "encode", spy)
+    config = replace(
+        config,
+        model=replace(config.model, adapter="gsam", image_size="40x72"),
+        data=replace(config.data, crop="24x32", train_slice=":8", val_slice=":4"),
+        prompts=replace(config.prompts, prompt=prompt),
+        adapter=GsamOptions(resnet_depth=18),
+    )
+    train(config, None, ALONE)
+    assert seen == {True: {(24, 32)}, False: {(40, 72)}}
+    assert load_trained("run").image_size == (40, 72) and load_untuned("run") is None
+    scores = score()
+    assert seen[False] == {(40, 72)} and scores["image_size"] == "40x72"
+    assert 0 <= scores["tuned"]["dice"] <= 1 and "zero_shot" not in scores
+
+
+def test_gsam_is_scored_beside_sam_where_its_frame_is_one(config):
+    config = replace(
+        config,
+        model=replace(config.model, adapter="gsam", image_size="48x64"),
+        data=replace(config.data, crop="32", train_slice=":8", val_slice=":4"),
+        adapter=GsamOptions(resnet_depth=18),
+    )
+    train(config, None, ALONE)
+    assert load_untuned("run").image_size == (48, 64)
+    assert {"tuned", "zero_shot", "box_filled"} <= score().keys()

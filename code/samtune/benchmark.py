@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from samtune.adapters import ADAPTERS, build_model
-from samtune.config import BenchmarkConfig
+from samtune.config import BenchmarkConfig, Size
 from samtune.engine import distributed
 from samtune.engine.distributed import Process
 from samtune.engine.optim import build_optimizer, build_schedule
@@ -25,8 +25,8 @@ from samtune.structures import Batch, Frame, Frames, Prompts
 def run(config: BenchmarkConfig, process: Process) -> dict:
     """Time `--steps` optimizer steps after `--warmup` untimed ones; print one JSON line.
 
-    Weights are random unless --checkpoint names a file: speed does not depend on them. Images are
-    square and fill the frame; the loss is taken there.
+    Weights are random unless --checkpoint names a file: speed does not depend on them. Images
+    fill the frame; the loss is taken there.
     """
     with distributed.together():
         options = config.model
@@ -71,7 +71,7 @@ def run(config: BenchmarkConfig, process: Process) -> dict:
         **counts,
         "adapter": options.adapter,
         "model_type": options.model_type,
-        "image_size": image_size,
+        "image_size": image_size.plain,
         "batch_size": config.loader.batch_size,
         "accumulate": config.optim.accumulate,
         "processes": process.world,
@@ -88,16 +88,19 @@ def run(config: BenchmarkConfig, process: Process) -> dict:
     return result
 
 
-def random_batch(batch_size: int, image_size: int, prompt: str) -> Batch:
-    """Images of noise with a box-shaped object each, in frames without padding."""
+def random_batch(batch_size: int, image_size: int | tuple[int, int], prompt: str) -> Batch:
+    """Images of noise with a box-shaped object each, in frames without padding.
+
+    image_size: (S_h, S_w), or the side of a square.
+    """
     generator = torch.Generator().manual_seed(0)
-    shape = (batch_size, 3, image_size, image_size)
+    height, width = size = Size.read(image_size)
+    shape = (batch_size, 3, height, width)
     image = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-    low, high = image_size // 4, 3 * image_size // 4
-    target = torch.zeros(batch_size, image_size, image_size, dtype=torch.uint8)
-    target[:, low:high, low:high] = 1
-    boxes = torch.tensor([[low, low, high, high]] * batch_size, dtype=torch.float32)
-    size = (image_size, image_size)
+    target = torch.zeros(batch_size, height, width, dtype=torch.uint8)
+    target[:, height // 4 : 3 * height // 4, width // 4 : 3 * width // 4] = 1
+    box = [width // 4, height // 4, 3 * width // 4, 3 * height // 4]
+    boxes = torch.tensor([box] * batch_size, dtype=torch.float32)
     return Batch(
         image,
         target,

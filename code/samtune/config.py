@@ -7,7 +7,41 @@ beside the adapters (`adapters/options.py`).
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class Size(NamedTuple):
+    """(height, width) in pixels; 0 x 0 is one that nobody has said, and false."""
+
+    height: int
+    width: int
+
+    @classmethod
+    def read(cls, value: int | str | Sequence[int]) -> Size:
+        """A number is the side of a square, text is `512` or `360x480`, empty text is 0.
+
+        Raises ValueError for other text.
+        """
+        if isinstance(value, str):
+            match = re.fullmatch(r"(\d+)(?:x(\d+))?", value or "0")
+            if not match:
+                raise ValueError(f"expected a number or HEIGHTxWIDTH in pixels, got {value!r}")
+            return cls(int(match[1]), int(match[2] or match[1]))
+        return cls(value, value) if isinstance(value, int) else cls(*value)
+
+    @property
+    def plain(self) -> int | str:
+        """For files: the number for a square, as it always was, else `360x480`."""
+        return self.height if self.height == self.width else f"{self.height}x{self.width}"
+
+    def __bool__(self) -> bool:
+        return any(self)
+
+    def __repr__(self) -> str:
+        return str(self.plain)
 
 
 def option(default, help: str, choices: tuple | None = None):
@@ -33,10 +67,10 @@ class ModelOptions:
         "'auto': 'all' from random weights, else 'adapter'",
         ("auto", "adapter", "all"),
     )
-    image_size: int = option(
-        0,
-        "side of the square that the model sees, pixels, a multiple of 16 (samus: of 8; gsam: any "
-        "from 16 on); 0: the adapter's own if it has one, else the model's",
+    image_size: Size = option(
+        Size(0, 0),
+        "what the model sees, pixels: the side of a square or HEIGHTxWIDTH, multiples of 16 "
+        "(samus: of 8; gsam: any from 16 on); 0: the adapter's own if it has one, else the model's",
     )
     class_layout: str = option(
         "samed",
@@ -50,6 +84,9 @@ class ModelOptions:
         "weights too); 'unit': 0..1 (MedSAM's); 'gsam': those of published GSAM weights",
         ("sam", "unit", "gsam"),
     )
+
+    def __post_init__(self):
+        object.__setattr__(self, "image_size", Size.read(self.image_size))
 
 
 @dataclass(frozen=True)
@@ -104,6 +141,14 @@ class TrainDataOptions:
         "rotated; 'flip': half of them flipped left-right; 'none'",
         ("standard", "flip", "none"),
     )
+    crop: Size = option(
+        Size(0, 0),
+        "train on random windows of the frame of this size, as image_size is said; validation and "
+        "test see whole frames (gsam only); 0: on whole frames",
+    )
+
+    def __post_init__(self):
+        object.__setattr__(self, "crop", Size.read(self.crop))
 
 
 @dataclass(frozen=True)

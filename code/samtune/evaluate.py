@@ -99,7 +99,7 @@ def run(config: EvaluateConfig, process: Process) -> dict:
         "box_scale": prompts.box_scale,
         "run": str(file),
         **{k: metadata["config"][k] for k in ("adapter", "model_type", "train")},
-        "image_size": image_size,
+        "image_size": image_size.plain,
         "epoch": metadata["epoch"],
         "base_sha256": metadata["base_sha256"],
         "test_image_dir": test.test_image_dir,

@@ -17,6 +17,7 @@ from typing import get_type_hints
 
 import yaml
 
+from samtune.config import Size
 from samtune.errors import UserError
 
 _TRUE = {"yes", "true", "t", "y", "1", "on"}
@@ -110,8 +111,15 @@ def peek(argv: Sequence[str], name: str, default: str) -> str:
 
 
 def dump(instances: Sequence) -> dict:
-    """One flat dict of every option, in the order of the flags; `--config` reads it back."""
-    return {name: value for instance in instances for name, value in asdict(instance).items()}
+    """One flat dict of every option, in the order of the flags; `--config` reads it back.
+
+    Of numbers, text and booleans only, as files hold them.
+    """
+    return {
+        name: value.plain if isinstance(value, Size) else value
+        for instance in instances
+        for name, value in asdict(instance).items()
+    }
 
 
 def _read_yaml(path: str, groups: Sequence[type], foreign: dict, choices: dict) -> dict:
@@ -199,7 +207,14 @@ def _number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
 
 
-_TYPES = {bool: _boolean, int: _integer, float: _number, str: str}
+def _size(text: str) -> Size:
+    try:
+        return Size.read(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+_TYPES = {bool: _boolean, int: _integer, float: _number, str: str, Size: _size}
 
 
 def _unknown_flag(flag: str, known: Sequence[str], foreign: dict[str, str]) -> str:

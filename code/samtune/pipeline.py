@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from samtune.config import LoaderOptions, PromptOptions, ReadOptions, answers_classes
+from samtune.config import LoaderOptions, PromptOptions, ReadOptions, Size, answers_classes
 from samtune.data.datasets import SegmentationDataset
 from samtune.data.files import Pair, find_pairs, select
 from samtune.data.loading import make_loader
@@ -36,7 +36,7 @@ def check_pairs(
     name: str,
     pairs: list[Pair],
     read: ReadOptions,
-    image_size: int,
+    image_size: Size,
     process: Process,
     logbook: Logbook,
 ) -> ScanReport:
@@ -72,7 +72,7 @@ def evaluation_loader(
     pairs: list[Pair],
     read: ReadOptions,
     prompts: PromptOptions,
-    image_size: int,
+    image_size: Size,
     loader: LoaderOptions,
     process: Process,
 ):

@@ -130,7 +130,7 @@ def _build(config: TrainConfig) -> tuple[PromptedSam, dict]:
     """The model with its base weights, and what its checkpoint files say about it."""
     adapter = ADAPTERS[config.model.adapter]
     classes = config.read.num_classes
-    adapter.check(config.model, config.prompts.prompt, classes)
+    adapter.check(config.model, config.prompts.prompt, classes, config.data.crop)
     base = find_checkpoint(config.model)
     seed, prompt = config.run.seed, config.prompts.prompt
     model = build_model(config.model, config.adapter, prompt, base, seed, classes)
@@ -187,7 +187,7 @@ def _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state):
     )  # fmt: skip
     dataset = SegmentationDataset(
         train_pairs, config.read, image_size, config.prompts, config.loss.loss_resolution,
-        augment=config.data.augment, seed=run.seed, train=True,
+        augment=config.data.augment, seed=run.seed, train=True, crop=config.data.crop,
     )  # fmt: skip
     task = config.read.num_classes, config.prompts.prompt
     criterion = make_loss(config.loss, *task)

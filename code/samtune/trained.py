@@ -7,7 +7,7 @@ from pathlib import Path
 
 from samtune import __version__
 from samtune.adapters import ADAPTERS, build_model, build_untuned
-from samtune.config import ModelOptions, ReadOptions
+from samtune.config import ModelOptions, ReadOptions, Size
 from samtune.engine.checkpoint import load_adapted, read_metadata
 from samtune.errors import UserError
 from samtune.models import MODEL_TYPES
@@ -47,7 +47,8 @@ def load_untuned(path: str | Path, checkpoint: str = "") -> PromptedSam | None:
     None where the run's frame is none for SAM itself, whose patches must fill it.
     """
     metadata = read_metadata(trained_file(path))
-    if metadata["image_size"] % MODEL_TYPES[metadata["model_type"]].patch_size:
+    patch = MODEL_TYPES[metadata["model_type"]].patch_size
+    if any(side % patch for side in Size.read(metadata["image_size"])):
         return None
     config = metadata["config"]
     return build_untuned(
@@ -65,7 +66,7 @@ def describe(model: PromptedSam, base: Path | None, config: dict) -> dict:
         "samtune": __version__,
         "adapter": config["adapter"],
         "model_type": config["model_type"],
-        "image_size": model.image_size,
+        "image_size": model.image_size.plain,
         "base_file": base.name if base else "",
         "base_sha256": file_sha256(base) if base else "",
         "pixel_mean": model.pixel_mean.flatten().tolist(),

@@ -209,8 +209,41 @@ def test_another_image_size(checkpoint, model_type, name, options):
     model = build(checkpoint, model_type, name, options, "none", image_size=96)
     logits = model(torch.zeros(1, 3, 96, 96, dtype=torch.uint8)).logits
     assert logits.shape == (1, 1, logits_side(name, 96), logits_side(name, 96))
-    assert model.image_size == 96
+    assert model.image_size == (96, 96)
     assert bool(model.load_report.resized) == (model_type == BACKBONES["vit"])
+
+
+@pytest.mark.parametrize(("model_type", "name", "options"), MODELS)
+def test_a_frame_that_is_not_square(checkpoint, model_type, name, options):
+    """Every part of it works forward and backward, and each axis has positions of its own."""
+    prompt = ADAPTERS[name].prompts[0]
+    model = build(checkpoint, model_type, name, options, prompt, image_size=(48, 80)).train()
+    stir(model)
+    image = torch.randint(0, 256, (2, 3, 48, 80), dtype=torch.uint8)
+    prediction = model(image, ask(prompt)[1], torch.tensor([[48, 80], [48, 33]]))
+    loss_of(prediction).backward()
+    step = ADAPTERS[name].stride or 16
+    assert prediction.logits.shape == (2, 1, 4 * 48 // step, 4 * 80 // step)
+    assert prediction.logits.isfinite().all()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert model.image_size == (48, 80)
+    if model_type == BACKBONES["vit"] and not ADAPTERS[name].any_size:
+        attention = model.image_encoder.blocks[1].attn  # of the whole grid
+        lengths = len(attention.rel_pos_h), len(attention.rel_pos_w)
+        assert lengths == (2 * 48 // step - 1, 2 * 80 // step - 1)
+    with pytest.raises(UserError, match="stock SAM"):
+        model.as_sam()
+
+
+@pytest.mark.parametrize(("model_type", "name", "options"), SILENT)
+def test_the_start_is_sam_in_a_frame_that_is_not_square(checkpoint, model_type, name, options):
+    model = build(checkpoint, model_type, name, options, "box", image_size=(48, 80))
+    size = asked_of(model_type, name, image_size=(48, 80))
+    untuned = build_untuned(size, checkpoint(model_type), seed=1)
+    image = torch.randint(0, 256, (2, 3, 48, 80), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = untuned(image, ask("box")[1]).logits
+        assert torch.allclose(model(image, ask("box")[1]).logits, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(

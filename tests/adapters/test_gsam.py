@@ -12,7 +12,7 @@ from samtune.adapters import ADAPTERS, build_model
 from samtune.adapters.gsam import Gsam
 from samtune.adapters.gsam_blocks import RESNETS, CnnEncoder, pool
 from samtune.adapters.options import GsamOptions
-from samtune.config import ModelOptions
+from samtune.config import ModelOptions, Size
 from samtune.engine.checkpoint import load_adapted
 from samtune.errors import UserError
 from samtune.models import NORMALISATIONS
@@ -46,10 +46,12 @@ def test_one_model_takes_any_size(tiny, size):
     assert logits.shape == (1, 1, size[0] // 8 * 4, size[1] // 8 * 4) and logits.isfinite().all()
 
 
-def test_a_frame_is_asked_for_by_its_side(tiny):
-    assert build().image_size == 256 and build(image_size=100).image_size == 100
-    with pytest.raises(UserError, match="--image_size 8: it must be at least 16"):
-        build(image_size=8)
+def test_a_frame_is_asked_for_by_its_size(tiny):
+    assert build().image_size == (256, 256) and build(image_size=100).image_size == (100, 100)
+    assert build(image_size=(36, 100)).prompt_encoder.input_image_size == (36, 100)
+    for size in (8, (8, 32), "32x8"):
+        with pytest.raises(UserError, match=r"--image_size (8|8x32|32x8): it must be at least 16"):
+            build(image_size=size)
 
 
 def test_weights_do_not_depend_on_the_frame(tiny):
@@ -68,9 +70,9 @@ def test_prompts_lie_in_the_pixels_of_their_frame(tiny):
 
 
 def test_decode_without_a_frame_takes_the_models_own(tiny):
-    model = build(image_size=64)
-    image = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
-    prompts = Prompts(boxes=torch.tensor([[5.0, 6, 40, 50]]))
+    model = build(image_size=(64, 40))
+    image = torch.randint(0, 256, (1, 3, 64, 40), dtype=torch.uint8)
+    prompts = Prompts(boxes=torch.tensor([[5.0, 6, 30, 50]]))
     assert torch.equal(
         model(image, prompts).logits, model.decode(model.encode(image), prompts).logits
     )
@@ -81,6 +83,27 @@ def test_pooling_is_torchs(grid):
     x = torch.randn(2, 4, *grid, 5)
     expected = F.adaptive_avg_pool2d(x.flatten(0, 1).permute(0, 3, 1, 2), 3)
     assert torch.allclose(pool(x).flatten(0, 1).permute(0, 3, 1, 2), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("crop", "said"),
+    [
+        ((8, 32), "--crop 8x32: it must be at least 16"),
+        ((32, 80), "--crop 32x80: it must lie within the frame, --image_size 48x64"),
+        ((64, 32), "--crop 64x32: it must lie within the frame, --image_size 48x64"),
+    ],
+)
+def test_a_crop_lies_within_the_frame(tiny, crop, said):
+    options = ModelOptions(model_type="tiny", image_size=(48, 64))
+    ADAPTERS["gsam"].check(options, "box", crop=Size(48, 64))
+    with pytest.raises(UserError, match=said):
+        ADAPTERS["gsam"].check(options, "box", crop=Size(*crop))
+
+
+@pytest.mark.parametrize("name", sorted(ADAPTERS.keys() - {"gsam"}))
+def test_the_other_adapters_refuse_crops(tiny, name):
+    with pytest.raises(UserError, match=f"--crop 32: --adapter {name} .*gsam takes crops"):
+        ADAPTERS[name].check(ModelOptions(model_type="tiny"), "none", crop=Size(32, 32))
 
 
 # What trains and how it begins

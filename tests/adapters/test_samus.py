@@ -8,7 +8,7 @@ import torch
 from samtune.adapters import ADAPTERS, build_model, build_untuned
 from samtune.adapters.options import SamusOptions
 from samtune.adapters.samus import SamusEncoder
-from samtune.config import ModelOptions
+from samtune.config import ModelOptions, Size
 from samtune.errors import UserError
 from samtune.models import MODEL_TYPES
 from samtune.models.positions import resize_rel_pos
@@ -97,19 +97,24 @@ for _i, (_before, _after) in enumerate([(64, 128), (128, 256), (256, 768)]):
 
 
 @pytest.mark.parametrize(
-    ("image_size", "stages"), [(8, 2), (16, 1), (24, 0), (32, 0), (48, 0), (64, 0), (128, 0)]
+    ("image_size", "stages"),
+    [
+        *[(8, 2), (16, 1), (24, 0), (32, 0), (48, 0), (64, 0), (128, 0)],
+        *[((8, 16), 1), ((16, 8), 1), ((8, 64), 0), ((24, 40), 0)],
+    ],
 )
 def test_the_position_table_is_halved_to_the_grid(tiny, image_size, stages):
     """SAM's table of 4 x 4 stays as it is; what does not hit the grid is resized first."""
+    image_size = Size.read(image_size)
     torch.manual_seed(0)
     encoder = SamusEncoder(build_image_encoder(tiny, image_size, 8), 4).eval()
     assert encoder.pos_embed.shape[1:3] == (4, 4)
     assert len(encoder.post_pos_embed.downs) == stages
-    grid = image_size // 8
+    grid = tuple(side // 8 for side in image_size)
     with torch.no_grad():
-        assert encoder.positions((grid, grid)).shape == (1, grid, grid, 32)
-        features = encoder(torch.randn(1, 3, image_size, image_size))
-    assert features.shape == (1, 32, grid, grid)
+        assert encoder.positions(grid).shape == (1, *grid, 32)
+        features = encoder(torch.randn(1, 3, *image_size))
+    assert features.shape == (1, 32, *grid)
 
 
 def test_an_image_of_another_shape_than_the_frame(tiny):
@@ -152,7 +157,7 @@ def test_base_weights_are_loaded_as_published(tiny, tmp_path, monkeypatch):
 def test_the_published_frame_is_the_default_and_the_untuned_model_shares_it(tiny):
     options = ModelOptions(model_type="tiny", adapter="samus")
     model = build_model(options, SamusOptions(cnn_width=4), "box", None, 0)
-    assert model.image_size == build_untuned(options, None, 0).image_size == 256
+    assert model.image_size == build_untuned(options, None, 0).image_size == (256, 256)
     assert model.prompt_encoder.input_image_size == (256, 256)
     assert model.prompt_encoder.image_embedding_size == (32, 32)
 

@@ -64,7 +64,7 @@ def test_an_item_is_what_its_files_say(pairs):
     image = np.asarray(Image.open(pairs[0].image_path))
     mask = np.asarray(Image.open(pairs[0].mask_path)) // 255
     batch = collate([dataset_of(pairs)[SampleKey(0, 0)]])
-    padded, frame = fit_image(image, 64, "pad")
+    padded, frame = fit_image(image, (64, 64), "pad")
     assert (batch.image[0].permute(1, 2, 0).numpy() == padded).all()
     assert (batch.target[0].numpy() == mask).all()
     corners = frame.scale_xy(np.reshape(box_from_mask(mask), (2, 2))).ravel()
@@ -77,7 +77,7 @@ def test_targets_in_the_frame(pairs):
     batch = collate([dataset[SampleKey(0, i)] for i in (0, 1)])
     assert batch.target.shape == (2, 64, 64)
     item = dataset_of(pairs)[SampleKey(0, 1)]
-    assert (batch.target[1].numpy() == fit_mask(item.target, item.frame, 64)).all()
+    assert (batch.target[1].numpy() == fit_mask(item.target, item.frame, (64, 64))).all()
 
 
 def test_without_prompt_there_is_no_box(pairs):

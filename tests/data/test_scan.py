@@ -109,6 +109,8 @@ def test_slivers_are_remarked(tmp_path):
     report = scan_pairs(pairs, ReadOptions(foreground="above"), image_size=1024)
     (remark,) = [line for line in report.remarks if "narrow" in line]
     assert remark.startswith("1 of 2 images") and "example a" in remark
+    wide = scan_pairs(pairs, ReadOptions(foreground="above"), image_size=(16, 4000))
+    assert not [line for line in wide.remarks if "narrow" in line]
 
 
 def test_the_scan_reads_through_the_training_reader(pairs, monkeypatch):

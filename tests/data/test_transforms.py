@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from samtune.data import transforms
+from samtune.data.prompts import box_from_mask
 from samtune.data.transforms import MEAN_COLOUR, augment, fit_image, fit_mask, fit_size
-from samtune.structures import IGNORE, Frame, Sample
+from samtune.structures import IGNORE, Frame, Frames, Sample
 
 SEEDS = 800
 
@@ -186,14 +187,14 @@ def test_flip_and_none():
     ],
 )
 def test_sizes(size, fitted):
-    assert fit_size(size, 1024, "pad") == fitted
-    assert fit_size(size, 1024, "squash") == (1024, 1024)
+    assert fit_size(size, (1024, 1024), "pad") == fitted
+    assert fit_size(size, (1024, 1024), "squash") == (1024, 1024)
 
 
 @pytest.mark.parametrize("resize", ["pad", "squash"])
 def test_an_image_fills_its_part_of_the_frame_and_no_more(resize):
     image = np.full((30, 47, 3), 200, np.uint8)
-    padded, frame = fit_image(image, 64, resize)
+    padded, frame = fit_image(image, (64, 64), resize)
     height, width = frame.valid_size
     assert padded.shape == (64, 64, 3) and padded.dtype == np.uint8
     assert (padded[:height, :width] == 200).all()
@@ -205,14 +206,52 @@ def test_masks_are_resized_by_pixel_centres():
     """7 -> 4 takes 0, 2, 4, 6; the floor convention of other libraries takes 0, 1, 3, 5."""
     line = np.arange(7, dtype=np.uint8)
     mask = np.repeat(line[None], 7, 0)
-    fitted = fit_mask(mask, Frame((7, 7), (4, 4)), 6)
+    fitted = fit_mask(mask, Frame((7, 7), (4, 4)), (6, 6))
     assert fitted[0].tolist() == [0, 2, 4, 6, IGNORE, IGNORE]
     assert (fitted[:4, :4] == fitted[0, :4]).all() and (fitted[4:] == IGNORE).all()
 
 
 def test_image_and_mask_meet_in_the_frame():
     sample = a_sample((37, 61))
-    image, frame = fit_image(sample.image, 128, "pad")
-    mask = fit_mask(sample.mask, frame, 128)
+    image, frame = fit_image(sample.image, (128, 128), "pad")
+    mask = fit_mask(sample.mask, frame, (128, 128))
     yellow = (image[..., 0] > 230) & (image[..., 2] < 40)
     assert (yellow == (mask == 1))[mask != IGNORE].mean() > 0.97
+
+
+# --- a frame that is not square ---
+
+FRAME = (48, 80)
+
+
+@pytest.mark.parametrize(
+    ("size", "fitted"),
+    [((48, 80), (48, 80)), ((100, 100), (48, 48)), ((96, 100), (48, 50)), ((20, 100), (16, 80)),
+     ((24, 40), (48, 80)), ((1, 4000), (1, 80)), ((25, 41), (48, 79))],
+)  # fmt: skip
+def test_sizes_in_a_frame_that_is_not_square(size, fitted):
+    """As large as both sides allow."""
+    assert fit_size(size, FRAME, "pad") == fitted
+    assert fit_size(size, FRAME, "squash") == FRAME
+
+
+@pytest.mark.parametrize("size", [(60, 61), (37, 110), (110, 37)])
+@pytest.mark.parametrize("resize", ["pad", "squash"])
+def test_there_and_back(size, resize):
+    """A mask goes into the frame and comes back; its box there is around it there."""
+    sample = a_sample(size)
+    image, frame = fit_image(sample.image, FRAME, resize)
+    mask = fit_mask(sample.mask, frame, FRAME)
+    assert image.shape == (*FRAME, 3) and mask.shape == FRAME
+    height, width = frame.valid_size
+    assert not image[height:].any() and not image[:, width:].any()
+    assert (mask[height:] == IGNORE).all() and (mask[:, width:] == IGNORE).all()
+
+    box = frame.scale_xy(np.reshape(box_from_mask(sample.mask), (2, 2))).ravel()
+    assert np.abs(box - box_from_mask(mask)).max() <= 1
+
+    frames = Frames.collate([frame], FRAME)
+    logits = torch.from_numpy((mask == 1) - 0.5)[None, None]
+    back = (frames.restore(logits)[0, 0] > 0).numpy()
+    both, either = (back & (sample.mask == 1)).sum(), (back | (sample.mask == 1)).sum()
+    assert back.shape == size and both / either > 0.85

@@ -16,7 +16,7 @@ def check_preprocess(fixture):
     same_pillow = PIL.__version__.split(".")[0] == fixture.json["versions"]["pillow"].split(".")[0]
     for k, size in enumerate(fixture.config["sizes_hw"]):
         image = fixture[f"input.image.{k}"].numpy()
-        padded, frame = fit_image(image, side, "pad")
+        padded, frame = fit_image(image, (side, side), "pad")
         height, width = frame.valid_size
         assert frame.original_size == tuple(size) == image.shape[:2]
         assert frame.valid_size == tuple(fixture["output.target_sizes"][k].tolist())
@@ -66,7 +66,7 @@ def _check_size_table(fixture):
     """Sizes for a frame of 1024; where stock SAM makes a side of zero, ours keeps one pixel."""
     sizes, expected = fixture["input.size_grid_1024"], fixture["output.size_grid_1024"]
     for size, fitted in zip(sizes.tolist(), expected.tolist(), strict=True):
-        assert fit_size(tuple(size), 1024, "pad") == tuple(max(side, 1) for side in fitted)
+        assert fit_size(tuple(size), (1024, 1024), "pad") == tuple(max(side, 1) for side in fitted)
 
 
 def check_box_prompts(fixture):

@@ -311,14 +311,14 @@ def check_train_step(fixture: Fixture, adapter: str, options) -> None:
     check_parameters_after(fixture, model)
 
 
-def resized_batch(fixture: Fixture, image_size: int) -> tuple[torch.Tensor, Frames]:
+def resized_batch(fixture: Fixture, image_size: tuple[int, int]) -> tuple[torch.Tensor, Frames]:
     """The resized pictures in the corner of the frame, and where they came from."""
     resized = fixture["output.resized_uint8"].permute(0, 3, 1, 2)
     rows, _, height, width = resized.shape
-    image = resized.new_zeros(rows, 3, image_size, image_size)
+    image = resized.new_zeros(rows, 3, *image_size)
     image[:, :, :height, :width] = resized
     frame = Frame(tuple(fixture["input.mask"].shape[1:]), (height, width))
-    return image, Frames.collate([frame] * rows, (image_size, image_size))
+    return image, Frames.collate([frame] * rows, image_size)
 
 
 def check_prompt_parts(fixture: Fixture, model, prompts: Prompts) -> None:

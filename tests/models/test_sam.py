@@ -4,6 +4,7 @@ import pytest
 import torch
 from segment_anything.modeling import ImageEncoderViT
 
+from samtune.config import Size
 from samtune.errors import UserError
 from samtune.models import MODEL_TYPES
 from samtune.models.attention import RelativeAttention
@@ -69,7 +70,7 @@ def test_each_official_type_has_a_file_an_address_and_a_digest():
         assert len(row.sha256) == 64 and int(row.sha256, 16)
 
 
-@pytest.mark.parametrize("image_size", [100, -16, 1023])
+@pytest.mark.parametrize("image_size", [100, -16, 1023, Size(64, 100), Size(0, 64)])
 def test_image_size_must_be_a_multiple_of_the_patch(tiny, image_size):
     with pytest.raises(UserError, match=rf"--image_size {image_size}.*16"):
         build_sam(tiny, image_size)
@@ -87,3 +88,29 @@ def test_image_size_sets_grid_and_frame(tiny):
     assert sam.prompt_encoder.image_embedding_size == (6, 6)
     features = sam.image_encoder(torch.zeros(1, 3, 96, 96))
     assert features.shape == (1, 32, 6, 6)
+
+
+@pytest.mark.parametrize("stride", [0, 8])
+def test_a_frame_that_is_not_square(tiny, stride):
+    """Rows and columns have position tables of their own lengths."""
+    sam, step = build_sam(tiny, (48, 80), stride), stride or 16
+    grid = (48 // step, 80 // step)
+    assert sam.image_encoder.pos_embed.shape[1:3] == ((4, 4) if stride else grid)
+    assert sam.prompt_encoder.input_image_size == (48, 80)
+    assert sam.prompt_encoder.image_embedding_size == grid
+    whole, window = sam.image_encoder.blocks[1].attn, sam.image_encoder.blocks[0].attn
+    assert (len(whole.rel_pos_h), len(whole.rel_pos_w)) == (2 * grid[0] - 1, 2 * grid[1] - 1)
+    assert len(window.rel_pos_h) == len(window.rel_pos_w) == 2 * 3 - 1
+
+
+def test_random_weights_do_not_depend_on_the_frame(tiny):
+    states = []
+    for image_size in (64, (48, 80)):
+        torch.manual_seed(4)
+        states.append(build_sam(tiny, image_size).state_dict())
+    differing = {n for n, t in states[0].items() if t.shape != states[1][n].shape}
+    assert differing == {"image_encoder.pos_embed"} | {
+        f"image_encoder.blocks.1.attn.rel_pos_{axis}" for axis in "hw"
+    }
+    drawn_before = [n for n in states[0] if n.startswith("image_encoder.") and n not in differing]
+    assert all(torch.equal(states[0][n], states[1][n]) for n in drawn_before)

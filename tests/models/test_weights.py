@@ -152,29 +152,33 @@ def test_tensors_of_the_file_alone_are_reported(tmp_path, tiny, state):
     assert "1 unused (image_encoder.extra" in report.summary()
 
 
-@pytest.mark.parametrize("image_size", [96, 48])
+@pytest.mark.parametrize("image_size", [(96, 96), (48, 48), (48, 80), (96, 32)])
 def test_positions_are_resized_to_another_image_size(tmp_path, tiny, state, image_size):
-    sam, grid = build_sam(tiny, image_size), image_size // 16
+    sam, (rows, columns) = build_sam(tiny, image_size), (side // 16 for side in image_size)
     report = load_base(sam, save(tmp_path / "a.pth", state))
     blocks = "image_encoder.blocks"
     tables = {f"{blocks}.1.attn.rel_pos_h", f"{blocks}.1.attn.rel_pos_w"}  # 1 is global, 0 not
     assert set(report.resized) == {"image_encoder.pos_embed", *tables}
     assert set(report.loaded) | set(report.resized) == set(state)
     loaded = sam.state_dict()
-    expected = resize_pos_embed(state["image_encoder.pos_embed"], (grid, grid))
+    expected = resize_pos_embed(state["image_encoder.pos_embed"], (rows, columns))
     assert torch.equal(loaded["image_encoder.pos_embed"], expected)
-    for name in tables:
-        assert torch.equal(loaded[name], resize_rel_pos(state[name], 2 * grid - 1))
+    for name, length in (
+        (f"{blocks}.1.attn.rel_pos_h", rows),
+        (f"{blocks}.1.attn.rel_pos_w", columns),
+    ):
+        assert torch.equal(loaded[name], resize_rel_pos(state[name], 2 * length - 1))
     window = f"{blocks}.0.attn.rel_pos_h"
     assert torch.equal(loaded[window], state[window])
 
 
-def test_resized_tables_give_what_stock_resizes_on_the_fly(tmp_path, tiny, state):
+@pytest.mark.parametrize("image_size", [(96, 96), (48, 80)])
+def test_resized_tables_give_what_stock_resizes_on_the_fly(tmp_path, tiny, state, image_size):
     path = save(tmp_path / "a.pth", state)
-    small, large = build_sam(tiny), build_sam(tiny, 96)
+    small, large = build_sam(tiny), build_sam(tiny, image_size)
     load_base(small, path), load_base(large, path)
     small.image_encoder.pos_embed.data = large.image_encoder.pos_embed.data
-    image = torch.randn(1, 3, 96, 96)
+    image = torch.randn(1, 3, *image_size)
     with torch.no_grad():
         on_the_fly, stored = small.image_encoder(image), large.image_encoder(image)
     assert torch.allclose(on_the_fly, stored, atol=1e-5)

@@ -169,9 +169,8 @@ def build_model(
     sam, report = _frozen_base(base, checkpoint, seed, adapter.stride)
     if answers_classes(num_classes, prompt):
         report = _give_classes(sam, num_classes, options.class_layout, report, seed)
-    if adapter.any_size and options.image_size:
-        sam.image_encoder.img_size = options.image_size
-        sam.prompt_encoder.input_image_size = (options.image_size, options.image_size)
+    if adapter.any_size:
+        sam.prompt_encoder.input_image_size = tuple(adapter.frame_size(options))
     with seeded(seed + 1):
         model = adapter.build(sam, adapter_options)
     if options.train == "all" or (options.train == "auto" and checkpoint is None):
@@ -205,14 +204,9 @@ def _frozen_base(
     from samtune.models.sam import build_sam
     from samtune.models.weights import load_base
 
-    image_size = options.image_size or ADAPTERS[options.adapter].image_size
+    frame_size = ADAPTERS[options.adapter].frame_size(options)
     with seeded(seed):
-        sam = build_sam(
-            options.model_type,
-            image_size,
-            stride=stride,
-            normalisation=options.normalisation,
-        )
+        sam = build_sam(options.model_type, frame_size, stride, options.normalisation)
     report = load_base(sam, checkpoint) if checkpoint else None
     return sam.requires_grad_(False), report
 

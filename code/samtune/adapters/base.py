@@ -6,7 +6,7 @@ import importlib
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
-from samtune.config import ModelOptions
+from samtune.config import ModelOptions, Size
 from samtune.errors import UserError
 from samtune.models import MODEL_TYPES
 
@@ -27,12 +27,12 @@ class Adapter:
     of another. source: paper, repository and commit.
     renames: (regular expression, replacement) pairs from published names of tensors to ours, each
     to be matched against a whole name; a replacement of None drops the tensor. image_size: side of
-    the frame, pixels, where --image_size does not say it; 0: the model type's own. stride: pixels
-    between patches that overlap, 0: side by side; see `build_image_encoder`. any_size: the frame
-    may have any size and aspect from one patch upwards; the base is made for `image_size` then,
-    whatever the frame. several_classes: whether it takes a mask decoder for K classes.
-    start_options: options that only say with which values training starts; a
-    model that is loaded is built without them. mergeable: the module's `merge(model)` folds what
+    the square frame, pixels, where --image_size does not say it; 0: the model type's own. stride:
+    pixels between patches that overlap, 0: side by side; see `build_image_encoder`. any_size: the
+    frame may have any size and aspect from one patch upwards; the base is made for `image_size`
+    then, whatever the frame, and --crop is taken. several_classes: whether it takes a mask decoder
+    for K classes. start_options: options that only say with which values training starts; a model
+    that is loaded is built without them. mergeable: the module's `merge(model)` folds what
     was tuned into the state dict of a stock Sam.
 
     The module's `build(sam, options) -> PromptedSam` gets a stock Sam, all of it frozen and with
@@ -58,8 +58,13 @@ class Adapter:
     mergeable: bool = False
     several_classes: bool = True
 
-    def check(self, model: ModelOptions, prompt: str, num_classes: int = 1) -> None:
-        """Refuse an impossible combination before any weight is read, with a UserError."""
+    def check(
+        self, model: ModelOptions, prompt: str, num_classes: int = 1, crop: Size = Size(0, 0)
+    ) -> None:
+        """Refuse an impossible combination before any weight is read, with a UserError.
+
+        Whether --image_size fits patches is `build_sam`'s to say.
+        """
         if num_classes < 1:
             raise UserError(f"--num_classes {num_classes}: it must be at least 1")
         if num_classes > 1 and not self.several_classes:
@@ -83,9 +88,31 @@ class Adapter:
                 f"--adapter {self.name} does not fit --model_type {model.model_type}{needs}; it "
                 f"fits {', '.join(fitting)}"
             )
+        if self.any_size:
+            self._check_any_size("--image_size", self.frame_size(model), model)
+        if crop:
+            self._check_crop(crop, model)
+
+    def frame_size(self, model: ModelOptions) -> Size:
+        """(S_h, S_w) that the model sees: what is said, else the adapter's own, else SAM's."""
+        own = self.image_size or MODEL_TYPES[model.model_type].image_size
+        return model.image_size or Size(own, own)
+
+    def _check_any_size(self, flag: str, size: Size, model: ModelOptions) -> None:
         smallest = MODEL_TYPES[model.model_type].patch_size
-        if self.any_size and model.image_size != 0 and model.image_size < smallest:
-            raise UserError(f"--image_size {model.image_size}: it must be at least {smallest}")
+        if min(size) < smallest:
+            raise UserError(f"{flag} {size}: it must be at least {smallest} pixels on each side")
+
+    def _check_crop(self, crop: Size, model: ModelOptions) -> None:
+        if not self.any_size:
+            raise UserError(
+                f"--crop {crop}: --adapter {self.name} is made for one size of frame, so it trains "
+                "on whole frames only; --adapter gsam takes crops"
+            )
+        self._check_any_size("--crop", crop, model)
+        frame = self.frame_size(model)
+        if crop.height > frame.height or crop.width > frame.width:
+            raise UserError(f"--crop {crop}: it must lie within the frame, --image_size {frame}")
 
     def without_start(self, options):
         """The adapter's options for a model whose tensors are about to be loaded."""

@@ -5,8 +5,9 @@ Image Segmentation", arXiv 2309.06824. Source: xianlin7/SAMUS 030ed07; the encod
 usagisukisuki/G-SAM 31dfd1c is the same. Tensors carry the published names.
 
 Deviations: the mask decoder trains unless --freeze_decoder asks for the published way, with the
-heads that no loss reads frozen; any image size, the published being 256 px: the position table is
-halved as often as it is larger than the grid, and resized where that does not hit it.
+heads that no loss reads frozen; any image size and aspect, the published being 256 x 256 px: the
+position table is halved as often as it is larger than the grid on both axes, and resized where that
+does not hit it.
 """
 
 from __future__ import annotations

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from samtune.config import ReadOptions
+from samtune.config import ReadOptions, Size
 from samtune.data.files import Pair
 from samtune.data.images import parse_range
 from samtune.data.loading import cores_per_process
 from samtune.data.samples import NOTES, read_sample
+from samtune.data.transforms import fit_scale
 from samtune.errors import UserError
 
 _MOSTLY_FOREGROUND = 0.6
@@ -99,25 +100,26 @@ def scan_pairs(
     pairs: list[Pair],
     read: ReadOptions,
     progress: Callable[[int], None] | None = None,
-    image_size: int = 0,
+    image_size: int | tuple[int, int] = 0,
 ) -> ScanReport:
     """Read every pair, in threads, and report. progress: called with 1 after each pair.
 
-    image_size: side of the model's frame, to tell pictures that all but vanish in it; 0: not asked.
+    image_size: (S_h, S_w) of the model's frame, or the side of a square, to tell pictures that all
+    but vanish in it; 0: not asked.
     """
     if read.intensity_range != "auto":
         parse_range(read.intensity_range)
     reports = []
     # Decoding leaves the interpreter lock, so threads are enough, and nothing has to be copied.
     with ThreadPoolExecutor(max_workers=min(8, cores_per_process())) as pool:
-        for report in pool.map(lambda pair: _scan(pair, read, image_size), pairs):
+        for report in pool.map(lambda pair: _scan(pair, read, Size.read(image_size)), pairs):
             reports.append(report)
             if progress:
                 progress(1)
     return ScanReport.merge(reports)
 
 
-def _scan(pair: Pair, read: ReadOptions, image_size: int) -> ScanReport:
+def _scan(pair: Pair, read: ReadOptions, frame_size: Size) -> ScanReport:
     try:
         sample, notes = read_sample(pair, read)
     except UserError as error:
@@ -125,7 +127,7 @@ def _scan(pair: Pair, read: ReadOptions, image_size: int) -> ScanReport:
     fraction = float((sample.mask == 1).mean())
     lines = [NOTES[note] for note in notes]
     size = sample.mask.shape
-    if image_size and max(size) > 2 * image_size * min(size):
+    if frame_size and min(size) * fit_scale(size, frame_size) < 0.5:
         lines.append(_SLIVER)
     return ScanReport(
         images=1,

@@ -16,6 +16,7 @@ from samtune.data.randomness import stream
 from samtune.structures import IGNORE, Frame, Sample
 
 MEAN_COLOUR = (124, 116, 104)  # of ImageNet, and so zero once SAM has normalised it
+_CROP_DRAWS = 10  # windows that may miss the object before one is put around it
 
 
 def augment(sample: Sample, name: str, seed: int | Sequence[int]) -> Sample:
@@ -73,34 +74,98 @@ def prepare(name: str):
     return A.Compose([A.OneOf(parts, p=0.5)])
 
 
-def fit_size(size: tuple[int, int], image_size: int, resize: str) -> tuple[int, int]:
-    """The size (h, w) that a picture of `size` (H, W) has in a square of side `image_size`.
+def random_crop(
+    sample: Sample,
+    frame_size: tuple[int, int],
+    crop: tuple[int, int],
+    resize: str,
+    seed: Sequence[int],
+    hold_object: bool,
+) -> Sample:
+    """A random window of a picture as it lies in the frame: a picture of its own.
 
-    'pad': the longest side becomes image_size, each side rounded half up, and at least 1.
+    The picture gets its size in a frame of (S_h, S_w), see `fit_size`; the window has the size
+    `crop` (h, w), or all of the picture on an axis where that is shorter. The same window for the
+    same seed, whatever was drawn before. hold_object: a window without object is drawn again, ten
+    times in all, then it is put around one of the object's pixels.
+    """
+    size = fit_size(sample.image.shape[:2], frame_size, resize)
+    image = _resize(sample.image, size, Image.Resampling.BILINEAR)
+    mask = _resize(sample.mask, size, Image.Resampling.NEAREST)
+    if hold_object and not _is_object(mask).any():
+        mask = _with_a_pixel_of(sample.mask, mask)
+    extent = np.minimum(size, crop)
+    room = np.subtract(size, extent)  # how far the window can move on each axis
+    rng = np.random.default_rng(stream("crop", seed))
+    for _ in range(_CROP_DRAWS):
+        window = _window(rng.integers(0, room + 1), extent)
+        if not hold_object or _is_object(mask[window]).any():
+            break
+    else:
+        if len(pixels := np.argwhere(_is_object(mask))):
+            centred = np.clip(rng.choice(pixels) - extent // 2, 0, room)
+            window = _window(centred, extent)
+    return replace(sample, image=image[window], mask=mask[window])
+
+
+def _window(corner: np.ndarray, extent: np.ndarray) -> tuple[slice, slice]:
+    return tuple(slice(a, a + n) for a, n in zip(corner, extent, strict=True))
+
+
+def _is_object(mask: np.ndarray) -> np.ndarray:
+    return (mask != 0) & (mask != IGNORE)
+
+
+def _with_a_pixel_of(original: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """`mask`, in which resizing lost the object of `original`, with one pixel of it: a box needs
+    one. Without any object, `mask` as it is.
+    """
+    if len(pixels := np.argwhere(_is_object(original))):
+        kept = pixels[len(pixels) // 2]
+        mask[tuple(kept * mask.shape // original.shape)] = original[tuple(kept)]
+    return mask
+
+
+def fit_scale(size: tuple[int, int], frame_size: tuple[int, int]) -> float:
+    """The factor that makes a picture of `size` (H, W) as large as the frame (S_h, S_w) allows."""
+    return min(frame / side for frame, side in zip(frame_size, size, strict=True))
+
+
+def fit_size(size: tuple[int, int], frame_size: tuple[int, int], resize: str) -> tuple[int, int]:
+    """The size (h, w) that a picture of `size` (H, W) has in a frame of (S_h, S_w).
+
+    'pad': the largest with its aspect, each side rounded half up, and at least 1. 'squash': the
+    frame's. 'keep': its own, for a picture that is no larger than the frame.
     """
     if resize == "squash":
-        return image_size, image_size
-    scale = image_size / max(size)
+        return tuple(frame_size)
+    scale = 1 if resize == "keep" else fit_scale(size, frame_size)
     return max(int(size[0] * scale + 0.5), 1), max(int(size[1] * scale + 0.5), 1)
 
 
-def fit_image(image: np.ndarray, image_size: int, resize: str) -> tuple[np.ndarray, Frame]:
-    """(H, W, 3) uint8 -> (S, S, 3) uint8, zero below and right of the picture, and its Frame.
+def fit_image(
+    image: np.ndarray, frame_size: tuple[int, int], resize: str
+) -> tuple[np.ndarray, Frame]:
+    """(H, W, 3) uint8 -> (S_h, S_w, 3) uint8, zero below and right of the picture, and its Frame.
 
     Resized as SAM was trained: Pillow's bilinear filter on bytes, antialiased when it shrinks.
     """
-    frame = Frame(image.shape[:2], fit_size(image.shape[:2], image_size, resize))
+    frame = Frame(image.shape[:2], fit_size(image.shape[:2], frame_size, resize))
     height, width = frame.valid_size
-    padded = np.zeros((image_size, image_size, 3), np.uint8)
-    picture = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
-    padded[:height, :width] = np.asarray(picture)
+    padded = np.zeros((*frame_size, 3), np.uint8)
+    padded[:height, :width] = _resize(image, frame.valid_size, Image.Resampling.BILINEAR)
     return padded, frame
 
 
-def fit_mask(mask: np.ndarray, frame: Frame, image_size: int) -> np.ndarray:
-    """(H, W) uint8 -> (S, S) uint8 by nearest pixel centre; `IGNORE` outside the picture."""
+def fit_mask(mask: np.ndarray, frame: Frame, frame_size: tuple[int, int]) -> np.ndarray:
+    """(H, W) uint8 -> (S_h, S_w) uint8 by nearest pixel centre; `IGNORE` outside the picture."""
     height, width = frame.valid_size
-    padded = np.full((image_size, image_size), IGNORE, np.uint8)
-    picture = Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST)
-    padded[:height, :width] = np.asarray(picture)
+    padded = np.full(frame_size, IGNORE, np.uint8)
+    padded[:height, :width] = _resize(mask, frame.valid_size, Image.Resampling.NEAREST)
     return padded
+
+
+def _resize(pixels: np.ndarray, size: tuple[int, int], filter: Image.Resampling) -> np.ndarray:
+    """(H, W) or (H, W, 3) uint8 -> a new array of (h, w)."""
+    picture = Image.fromarray(np.ascontiguousarray(pixels))
+    return np.array(picture.resize((size[1], size[0]), filter))

@@ -18,36 +18,40 @@ from segment_anything.modeling import (
 from segment_anything.modeling.common import LayerNorm2d as LayerNorm2d  # for adapters too
 from torch import nn
 
+from samtune.config import Size
 from samtune.errors import UserError
 from samtune.models import MODEL_TYPES, NORMALISATIONS, ModelType
 from samtune.models.attention import RelativeAttention
 
 
 def build_sam(
-    model_type: str | ModelType, image_size: int = 0, stride: int = 0, normalisation: str = "sam"
+    model_type: str | ModelType,
+    image_size: int | tuple[int, int] = 0,
+    stride: int = 0,
+    normalisation: str = "sam",
 ) -> Sam:
     """Stock SAM with random weights, in eval mode.
 
-    image_size: side of the square input in pixels; 0 takes the type's own. stride: see
-    `build_image_encoder`. normalisation: a name in `NORMALISATIONS`. The caller seeds torch.
-    Raises UserError for an unknown type, a size that is no multiple of the stride, or a stride for
-    a backbone that has none.
+    image_size: (S_h, S_w) of the input in pixels, or the side of a square; 0 takes the type's own.
+    stride: see `build_image_encoder`. normalisation: a name in `NORMALISATIONS`. The caller seeds
+    torch. Raises UserError for an unknown type, a size that is no multiple of the stride, or a
+    stride for a backbone that has none.
     """
     model_type = resolve_model_type(model_type)
-    image_size = image_size or model_type.image_size
+    image_size = Size.read(image_size) or Size.read(model_type.image_size)
     if stride and model_type.backbone != "vit":
         raise UserError(f"patches of a {model_type.backbone} cannot overlap: take another type")
     step = stride or model_type.patch_size
-    if image_size < 1 or image_size % step:
+    if any(side < 1 or side % step for side in image_size):
         raise UserError(
-            f"--image_size {image_size}: it must be a positive multiple of {step} pixels, the "
-            f"{'step between' if stride else 'side of'} patches"
+            f"--image_size {image_size}: each side must be a positive multiple of {step} pixels, "
+            f"the {'step between' if stride else 'side of'} patches"
         )
-    grid = image_size // step
+    grid = (image_size.height // step, image_size.width // step)
     mean, deviation = NORMALISATIONS[normalisation]
     sam = Sam(
         image_encoder=build_image_encoder(model_type, image_size, stride),
-        prompt_encoder=build_prompt_encoder(model_type, (grid, grid), stride),
+        prompt_encoder=build_prompt_encoder(model_type, grid, stride),
         mask_decoder=build_mask_decoder(model_type),
         pixel_mean=mean,
         pixel_std=deviation,
@@ -64,23 +68,27 @@ def resolve_model_type(model_type: str | ModelType) -> ModelType:
     return MODEL_TYPES[model_type]
 
 
-def build_image_encoder(model_type: ModelType, image_size: int, stride: int = 0) -> nn.Module:
-    """(B, 3, S, S) normalised image -> (B, prompt_embed_dim, S / patch, S / patch) features.
+def build_image_encoder(
+    model_type: ModelType, image_size: int | tuple[int, int], stride: int = 0
+) -> nn.Module:
+    """(B, 3, S_h, S_w) normalised image -> (B, prompt_embed_dim, S_h / patch, S_w / patch).
 
     SAM's own ImageEncoderViT, or a TinyViTEncoder, which has no stride, where that is the type's
-    backbone. stride: pixels between patches that overlap; 0 for patches side by side. With a stride
-    the grid is S / stride, relative positions are made for it, and absolute ones keep the type's
-    own grid: an adapter that asks for this brings both image and absolute positions to the grid
-    itself.
+    backbone. image_size: (S_h, S_w), or the side of a square. stride: pixels between patches that
+    overlap; 0 for patches side by side. With a stride the grid is S / stride, relative positions
+    are made for it, and absolute ones keep the type's own grid: an adapter that asks for this
+    brings both image and absolute positions to the grid itself. `img_size`, which stock reads, is
+    the longest side.
     """
+    image_size = Size.read(image_size)
     if model_type.backbone == "tiny_vit":
         from samtune.models.tiny_vit import build_tiny_vit  # it takes timm, which nobody else does
 
-        return build_tiny_vit(model_type, image_size)
+        return build_tiny_vit(model_type, max(image_size))
     patch = model_type.patch_size
     encoder = ImageEncoderViT(
-        img_size=image_size // stride * patch if stride else image_size,
-        patch_size=model_type.patch_size,
+        img_size=patch,  # stock makes tables for squares only: they are made below
+        patch_size=patch,
         embed_dim=model_type.embed_dim,
         depth=model_type.depth,
         num_heads=model_type.num_heads,
@@ -91,16 +99,31 @@ def build_image_encoder(model_type: ModelType, image_size: int, stride: int = 0)
         window_size=model_type.window_size,
         global_attn_indexes=model_type.global_blocks,
     )
+    encoder.img_size = max(image_size)
+    if stride:
+        encoder.patch_embed.proj.stride = (stride, stride)
+    grid = tuple(side // (stride or patch) for side in image_size)
+    own = model_type.image_size // patch
+    _make_position_tables(encoder, grid, (own, own) if stride else grid)
+    return encoder
+
+
+def _make_position_tables(
+    encoder: ImageEncoderViT, grid: tuple[int, int], absolute_grid: tuple[int, int]
+) -> None:
+    """Give each axis of a grid of tokens relative positions of its own length, and take ours.
+
+    Stock starts the absolute table at zero, because weights are always loaded over it.
+    """
     for block in encoder.blocks:
         block.attn = RelativeAttention(block.attn)
-    if stride:
-        encoder.img_size = image_size
-        encoder.patch_embed.proj.stride = (stride, stride)
-        own = model_type.image_size // patch
-        encoder.pos_embed = nn.Parameter(torch.zeros(1, own, own, model_type.embed_dim))
-    # Stock starts the position table at zero, because weights are always loaded over it.
+        if block.window_size == 0:  # the others have tables of their window
+            width = block.attn.rel_pos_h.shape[1]
+            block.attn.rel_pos_h = nn.Parameter(torch.zeros(2 * grid[0] - 1, width))
+            block.attn.rel_pos_w = nn.Parameter(torch.zeros(2 * grid[1] - 1, width))
+    channels = encoder.pos_embed.shape[-1]
+    encoder.pos_embed = nn.Parameter(torch.zeros(1, *absolute_grid, channels))
     nn.init.trunc_normal_(encoder.pos_embed, std=0.02)
-    return encoder
 
 
 def build_prompt_encoder(

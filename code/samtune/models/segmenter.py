@@ -6,6 +6,7 @@ import torch
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
+from samtune.config import Size
 from samtune.errors import UserError
 from samtune.models.mask_decoder import ClassDecoder, decode_masks
 from samtune.models.prompt_encoder import embed_prompts, no_mask, position_encoding
@@ -24,6 +25,7 @@ class PromptedSam(nn.Module):
     subclasses and overrides `encode`, `image_pe`, `decode` or `forward`; whatever `encode` returns
     goes to `decode` as it is, and further loss terms go into `Prediction.aux`.
 
+    image_size: (S_h, S_w), pixels, of the frame that the model was built for.
     own_keys: names that the base checkpoint holds too but that an adapted checkpoint must carry.
     base_keys: names that need not be saved, as the base checkpoint brings them; empty when there is
     none. load_report: what became of each tensor of the base checkpoint, None when there is none.
@@ -31,6 +33,7 @@ class PromptedSam(nn.Module):
 
     def __init__(self, sam: Sam, own_keys: frozenset[str] = frozenset()):
         super().__init__()
+        self.image_size = Size(*sam.prompt_encoder.input_image_size)
         self.image_encoder = sam.image_encoder
         self.prompt_encoder = sam.prompt_encoder
         self.mask_decoder = sam.mask_decoder
@@ -39,11 +42,6 @@ class PromptedSam(nn.Module):
         self.own_keys = own_keys
         self.base_keys: frozenset[str] = frozenset()
         self.load_report: LoadReport | None = None
-
-    @property
-    def image_size(self) -> int:
-        """Side of the square frame, pixels."""
-        return self.image_encoder.img_size
 
     def forward(
         self, image: Tensor, prompts: Prompts = NO_PROMPT, valid_size: Tensor | None = None
@@ -68,8 +66,8 @@ class PromptedSam(nn.Module):
     ) -> Prediction:
         """(B, C, h, w) features and R prompts -> a prediction of R rows.
 
-        frame_size: (S_h, S_w) of the image, in whose pixels the prompts are; None for the square
-        frame that the model was built for.
+        frame_size: (S_h, S_w) of the image, in whose pixels the prompts are; None for the frame
+        that the model was built for.
         """
         if prompts.image_index is not None:
             features = features[prompts.image_index]
@@ -109,8 +107,13 @@ class PromptedSam(nn.Module):
     def as_sam(self) -> Sam:
         """A stock Sam that shares these parts, for `segment_anything.SamPredictor`.
 
-        Raises UserError with a decoder for K classes, which stock SAM has no place for.
+        Raises UserError where stock SAM has no place for it: a decoder for K classes, a frame that
+        is not square.
         """
+        if self.image_size.height != self.image_size.width:
+            raise UserError(
+                f"this run sees frames of {self.image_size} pixels, and stock SAM squares only"
+            )
         if isinstance(self.mask_decoder, ClassDecoder):
             raise UserError("this run answers with a mask per class, so it is no stock SAM")
         sam = Sam(self.image_encoder, self.prompt_encoder, self.mask_decoder)

@@ -24,7 +24,7 @@ from samtune.models import ModelType
 
 
 def build_tiny_vit(model_type: ModelType, image_size: int) -> TinyViTEncoder:
-    """A TinyViT encoder of any size with random weights."""
+    """A TinyViT encoder of any size with random weights. image_size: the frame's longest side."""
     widths, blocks, heads, windows = zip(*model_type.stages, strict=True)
     trunk = TinyVit(
         num_classes=0,
