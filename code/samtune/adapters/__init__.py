@@ -159,7 +159,7 @@ def build_model(
     equal seeds give equal models, and `build_untuned` the same base. Raises UserError for a
     combination that the adapter refuses or a checkpoint that does not fit.
     """
-    from samtune.adapters.layers import seeded, thaw_decoder
+    from samtune.adapters.layers import seeded
 
     if options.adapter not in ADAPTERS:
         raise UserError(f"--adapter {options.adapter}: choose from {', '.join(ADAPTERS)}")
@@ -174,10 +174,24 @@ def build_model(
         sam.prompt_encoder.input_image_size = (options.image_size, options.image_size)
     with seeded(seed + 1):
         model = adapter.build(sam, adapter_options)
-    if options.train == "all" or (options.train == "auto" and checkpoint is None):
+    _thaw(model, options, prompt, whole=options.train == "auto" and checkpoint is None)
+    return _account(model, report).eval()
+
+
+def _thaw(model: PromptedSam, options: ModelOptions, prompt: str, whole: bool) -> None:
+    """What --train adds to what the adapter itself trains. whole: as 'all' does."""
+    from samtune.adapters.layers import thaw_decoder, thaw_prompt_encoder
+
+    if whole or options.train == "all":
         model.image_encoder.requires_grad_(True)
         thaw_decoder(model)
-    return _account(model, report).eval()
+        thaw_prompt_encoder(model, prompt)
+    elif options.train == "prompt_encoder":
+        if not hasattr(model, "prompt_encoder"):
+            raise UserError(
+                f"--train prompt_encoder: --adapter {options.adapter} takes no prompts and has none"
+            )
+        thaw_prompt_encoder(model, prompt)
 
 
 def build_untuned(
