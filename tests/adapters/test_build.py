@@ -149,7 +149,9 @@ def test_a_full_dict_of_the_parent_loads(tiny):
     published = list(model.state_dict())
     prefix = "image_encoder.task_adapter_blocks"
     aliases = [f"{prefix}.{i}.up_projection.{w}" for i in range(3) for w in ("weight", "bias")]
-    assert rename(published + aliases, "sam_adapter") == published
+    shared = [f"image_encoder.task_adapter_up.{w}" for w in ("weight", "bias")]
+    assert rename(published + aliases, "sam_adapter") == published + 3 * shared
+    assert {*shared} < {*published}
     assert len([n for n in published if n.startswith(prefix)]) == 2 * (tiny.depth + 1)
     assert {"image_encoder.HFC_tune.weight", "image_encoder.patch_embed_tune.bias"} < {*published}
 

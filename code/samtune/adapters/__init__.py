@@ -39,6 +39,7 @@ ADAPTERS: dict[str, Adapter] = {
         prompts=("box", "none"),
         backbones=("vit", "tiny_vit"),
         source="Kyyle2114/Fine-tuning-Segment-Anything a7cf899",
+        renames=((r"^image_encoder\.(norm_head|head)\..*$", None),),  # MobileSAM's classifier
     ),
     "sam_adapter": Adapter(
         name="sam_adapter",
@@ -50,7 +51,10 @@ ADAPTERS: dict[str, Adapter] = {
         source="arXiv 2304.09148; Kyyle2114/SAM-Adapter-Pytorch-Implementation 66b0e9e (parent), "
         "tianrun-chen/SAM-Adapter-PyTorch 665145d (official)",
         renames=(
-            (r"^image_encoder\.task_adapter_blocks\.\d+\.up_projection\..*$", None),  # aliases
+            (  # aliases of the projection that all blocks share
+                r"^image_encoder\.task_adapter_blocks\.\d+\.up_projection(\..*)$",
+                r"image_encoder.task_adapter_up\1",
+            ),
             (r"^(no_mask_embed\..*)$", r"prompt_encoder.\1"),
             (r"^(pe_layer\..*)$", r"prompt_encoder.\1"),
         ),
@@ -66,6 +70,7 @@ ADAPTERS: dict[str, Adapter] = {
         several_classes=False,
         backbones=("vit",),
         source="arXiv 2408.01835; maoyangou147/TS-SAM edd171c",
+        renames=((r"^(no_mask_embed|pe_layer)\..*$", None),),  # SAM-Adapter's, which it grew from
         needs="blocks that share one width and one grid with the patches",
     ),
     "adaptformer": Adapter(
