@@ -39,6 +39,7 @@ ADAPTERS: dict[str, Adapter] = {
         prompts=("box", "none"),
         backbones=("vit", "tiny_vit"),
         source="Kyyle2114/Fine-tuning-Segment-Anything a7cf899",
+        mergeable=True,
         renames=((r"^image_encoder\.(norm_head|head)\..*$", None),),  # MobileSAM's classifier
     ),
     "sam_adapter": Adapter(
