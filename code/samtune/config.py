@@ -63,9 +63,10 @@ class ModelOptions:
     adapter: str = option("sam_adapter", "how SAM is adapted")
     train: str = option(
         "auto",
-        "what trains: 'adapter': what the adapter says; 'all': image encoder and mask decoder too; "
-        "'auto': 'all' from random weights, else 'adapter'",
-        ("auto", "adapter", "all"),
+        "what trains: 'adapter': what the adapter says; 'prompt_encoder': that and what --prompt "
+        "reads of the prompt encoder; 'all': that, image encoder and mask decoder too; 'auto': "
+        "'all' from random weights, else 'adapter'",
+        ("auto", "adapter", "prompt_encoder", "all"),
     )
     image_size: Size = option(
         Size(0, 0),

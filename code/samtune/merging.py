@@ -2,28 +2,45 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from torch import Tensor
 
 from samtune.adapters import ADAPTERS
 from samtune.config import MergeOptions
 from samtune.engine import distributed
 from samtune.engine.checkpoint import read_metadata, write_atomically
 from samtune.engine.distributed import Process
+from samtune.models import MODEL_TYPES
 from samtune.run_folder import newest
-from samtune.trained import load_trained, trained_file
+from samtune.tensor_files import read_state_dict
+from samtune.trained import base_file, load_trained, trained_file
 
 
 def run(options: MergeOptions, process: Process) -> None:
-    """Write a .pth that the unmodified `segment_anything` package loads, strictly.
+    """Write a .pth that the package of the model's weights loads, strictly and unmodified.
 
     Raises UserError for an adapter that is not linear in SAM's own weights.
     """
     with distributed.together():
         file = trained_file(options.run_dir or newest().path)
-        adapter = ADAPTERS[read_metadata(file)["adapter"]]
-        state = adapter.merge(load_trained(file, options.checkpoint))
+        metadata = read_metadata(file)
+        model = load_trained(file, options.checkpoint)
+        state = ADAPTERS[metadata["adapter"]].merge(model)
+        package = "segment_anything"
+        if MODEL_TYPES[metadata["model_type"]].backbone == "tiny_vit":
+            package = "MobileSAM"
+            state |= classifier(base_file(metadata, options.checkpoint))
         path = options.output or str(file.with_name("merged.pth"))
         if process.is_main:
             write_atomically(path, lambda out: torch.save(state, out))
             print(f"written: {path}, {len(state)} tensors; sam_model_registry[...](checkpoint=...) "
-                  "of segment_anything loads it")  # fmt: skip
+                  f"of {package} loads it, and so does --checkpoint here")  # fmt: skip
+
+
+def classifier(base: Path | None) -> dict[str, Tensor]:
+    """What a MobileSAM file holds and nothing reads, but its package asks for."""
+    given = read_state_dict(base) if base else {}
+    ends = ("image_encoder.norm_head.", "image_encoder.head.")
+    return {name: tensor for name, tensor in given.items() if name.startswith(ends)}

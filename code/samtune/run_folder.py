@@ -5,6 +5,7 @@ model.txt           the model's parts, what trains and what is frozen
 metrics.jsonl       a line per epoch
 curves.png          the same as a picture
 best.safetensors    what was trained, at the best validation score
+import.txt          what became of each tensor, where `import` made the run
 last.pt             everything that `--resume` needs
 scores.json, scores.csv, examples.png, predictions/    from `evaluate`
 """
@@ -32,6 +33,7 @@ class RunFolder:
         self.best = self.path / "best.safetensors"
         self.best_pth = self.path / "best.pth"
         self.last = self.path / "last.pt"
+        self.imported = self.path / "import.txt"
         self.scores = self.path / "scores.json"
         self.table = self.path / "scores.csv"
         self.examples = self.path / "examples.png"

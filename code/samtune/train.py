@@ -162,7 +162,7 @@ def _introduce(config, model, training: int, validation: int, process, folder, l
     summary = parameter_summary(model)
     if process.is_main:
         folder.model.write_text(summary + "\n")
-    weights = "random, so image encoder and mask decoder train too (--train auto)"
+    weights = "random, so all of SAM that the prompt reads trains (--train auto)"
     if model.load_report:
         weights = model.load_report.summary()
     sample = " (the sample set)" if config.data.train_image_dir.startswith(str(SAMPLE_SET)) else ""

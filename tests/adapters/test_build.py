@@ -11,8 +11,9 @@ import torch
 
 from samtune.adapters import ADAPTERS, build_model, build_untuned
 from samtune.adapters.layers import thaw_decoder
-from samtune.adapters.options import DecoderOptions, SamAdapterOptions
+from samtune.adapters.options import DecoderOptions, SamAdapterOptions, TsSamOptions
 from samtune.config import ModelOptions
+from samtune.engine.checkpoint import adapted_state, load_adapted, save_adapted
 from samtune.errors import UserError
 from samtune.models import MODEL_TYPES
 from samtune.models.sam import build_sam
@@ -63,10 +64,44 @@ def test_what_train_means(tiny, tmp_path, train, from_file, encoder_trains):
     options = ModelOptions(model_type="tiny", adapter="decoder", train=train)
     model = build_model(options, DecoderOptions(), "box", path, seed=7)
     assert all(p.requires_grad == encoder_trains for p in model.image_encoder.parameters())
-    assert not any(p.requires_grad for p in model.prompt_encoder.parameters())
+    read = {"point_embeddings.2.weight", "point_embeddings.3.weight", "no_mask_embed.weight"}
+    thawed = {n for n, p in model.prompt_encoder.named_parameters() if p.requires_grad}
+    assert thawed == (read if encoder_trains else set())
     assert model.mask_decoder.mask_tokens.weight.requires_grad
     assert not any(p.requires_grad for p in model.mask_decoder.iou_prediction_head.parameters())
     assert bool(model.base_keys) == from_file
+
+
+@pytest.mark.parametrize(
+    ("prompt", "read"),
+    [("box", {"point_embeddings.2", "point_embeddings.3", "no_mask_embed"}),
+     ("none", {"no_mask_embed"})],
+)  # fmt: skip
+def test_what_a_prompt_reads_of_the_prompt_encoder_can_train(tiny, tmp_path, prompt, read):
+    """It is saved with what the adapter trains, and comes back."""
+    torch.save(build_sam(tiny).state_dict(), tmp_path / "tiny.pth")
+    made = [
+        build_model(
+            ModelOptions(model_type="tiny", adapter="decoder", train=train), DecoderOptions(),
+            prompt, tmp_path / "tiny.pth", seed=7,
+        )
+        for train in ("adapter", "prompt_encoder", "prompt_encoder")
+    ]  # fmt: skip
+    plain, model, again = made
+    saved = [adapted_state(m).keys() for m in (plain, model)]
+    assert saved[1] - saved[0] == {f"prompt_encoder.{part}.weight" for part in read}
+    with torch.no_grad():
+        model.prompt_encoder.no_mask_embed.weight += 1
+    save_adapted(tmp_path / "best.safetensors", model, {})
+    load_adapted(again, tmp_path / "best.safetensors")
+    vectors = (m.prompt_encoder.no_mask_embed.weight for m in (model, again))
+    assert torch.equal(*vectors)
+
+
+def test_an_adapter_without_a_prompt_encoder_cannot_train_it(tiny):
+    options = ModelOptions(model_type="tiny", adapter="ts_sam", train="prompt_encoder")
+    with pytest.raises(UserError, match="--train prompt_encoder: --adapter ts_sam takes no prompt"):
+        build_model(options, TsSamOptions(), "none", None, seed=7)
 
 
 # Adapter parameters and (with the mask decoder, as published, all of it) trainable ones.
@@ -114,7 +149,9 @@ def test_a_full_dict_of_the_parent_loads(tiny):
     published = list(model.state_dict())
     prefix = "image_encoder.task_adapter_blocks"
     aliases = [f"{prefix}.{i}.up_projection.{w}" for i in range(3) for w in ("weight", "bias")]
-    assert rename(published + aliases, "sam_adapter") == published
+    shared = [f"image_encoder.task_adapter_up.{w}" for w in ("weight", "bias")]
+    assert rename(published + aliases, "sam_adapter") == published + 3 * shared
+    assert {*shared} < {*published}
     assert len([n for n in published if n.startswith(prefix)]) == 2 * (tiny.depth + 1)
     assert {"image_encoder.HFC_tune.weight", "image_encoder.patch_embed_tune.bias"} < {*published}
 

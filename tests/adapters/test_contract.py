@@ -136,9 +136,11 @@ def ask(prompt: str) -> tuple[torch.Tensor, Prompts]:
 
 
 @pytest.mark.parametrize(("model_type", "name", "options", "prompt"), CASES)
-@pytest.mark.parametrize("train", ["adapter", "all"])
+@pytest.mark.parametrize("train", ["adapter", "prompt_encoder", "all"])
 def test_what_trains_and_what_does_not(checkpoint, model_type, name, options, prompt, train):
     """Each trainable parameter gets a gradient, and a step changes nothing else."""
+    if (name, train) == ("ts_sam", "prompt_encoder"):  # which it does not have
+        return
     model = build(checkpoint, model_type, name, options, prompt, train=train).train()
     stir(model)
     image, prompts = ask(prompt)

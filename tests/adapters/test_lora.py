@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from segment_anything import sam_model_registry
 from segment_anything.modeling import ImageEncoderViT, Sam
 from torch import nn
 
@@ -16,6 +17,7 @@ from samtune.errors import UserError
 from samtune.models import ModelType
 from samtune.models.anatomy import QkvLayout
 from samtune.models.sam import build_mask_decoder, build_prompt_encoder, build_sam
+from samtune.models.segmenter import PromptedSam
 from samtune.structures import Prompts
 
 FORMS = [
@@ -27,10 +29,9 @@ FORMS = [
 UNREAD = 132_612 + 419_424  # IoU head and three hyper-networks, frozen here
 
 
-def build(options: LoraOptions, seed: int = 1):
-    return build_model(
-        ModelOptions(model_type="tiny", adapter="lora", train="adapter"), options, "box", None, seed
-    )
+def build(options: LoraOptions, seed: int = 1, model_type: str = "tiny"):
+    asked = ModelOptions(model_type=model_type, adapter="lora", train="adapter")
+    return build_model(asked, options, "box", None, seed)
 
 
 def tune(model: nn.Module) -> nn.Module:
@@ -76,9 +77,43 @@ def test_merged_weights_are_an_unmodified_sams(tiny, options):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_what_cannot_be_merged_says_so(tiny):
+@pytest.mark.parametrize("options", FORMS)
+def test_merged_weights_are_a_stock_shaped_tiny_vits(tiny, options):
+    """Whose q, k and v lie head by head; its attentions are made to weigh something."""
+    torch.manual_seed(0)
+    model = tune(build(options, model_type="tiny_t"))
+    for name, tensor in model.image_encoder.state_dict().items():
+        if name.endswith((".qkv.weight", ".proj.weight")):
+            tensor.mul_(10)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    stock = build_sam("tiny_t")
+    stock.load_state_dict(ADAPTERS["lora"].merge(model))
+    image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
+    asked = Prompts(boxes=torch.tensor([[5.0, 8, 40, 60]]))
+    with torch.no_grad():
+        expected = model(image[None], asked).logits
+        answer = PromptedSam(stock).eval()(image[None], asked).logits
+        stock.load_state_dict(before, strict=False)
+        unmerged = PromptedSam(stock).eval()(image[None], asked).logits
+    torch.testing.assert_close(answer, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(unmerged, expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("options", FORMS)
+@pytest.mark.parametrize("name", ["vit_b", "vit_l", "vit_h"])
+def test_merged_names_and_shapes_are_those_of_the_registry(name, options):
+    with torch.device("meta"):
+        model = ADAPTERS["lora"].build(build_sam(name).requires_grad_(False), options)
+        wanted = sam_model_registry[name]().state_dict()
+    merged = ADAPTERS["lora"].merge(model)
+    assert {n: t.shape for n, t in merged.items()} == {n: t.shape for n, t in wanted.items()}
+
+
+@pytest.mark.parametrize("form", ["original", "gsam"])
+def test_what_cannot_be_merged_says_so(tiny, form):
+    """Both forms choose or weigh their convolutions by what they read, so they are not linear."""
     options = ModelOptions(model_type="tiny", adapter="conv_lora")
-    model = build_model(options, ConvLoraOptions(), "box", None, 1)
+    model = build_model(options, ConvLoraOptions(form), "box", None, 1)
     with pytest.raises(UserError, match="--adapter conv_lora cannot be merged"):
         ADAPTERS["conv_lora"].merge(model)
 

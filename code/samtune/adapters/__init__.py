@@ -39,6 +39,8 @@ ADAPTERS: dict[str, Adapter] = {
         prompts=("box", "none"),
         backbones=("vit", "tiny_vit"),
         source="Kyyle2114/Fine-tuning-Segment-Anything a7cf899",
+        mergeable=True,
+        renames=((r"^image_encoder\.(norm_head|head)\..*$", None),),  # MobileSAM's classifier
     ),
     "sam_adapter": Adapter(
         name="sam_adapter",
@@ -50,7 +52,10 @@ ADAPTERS: dict[str, Adapter] = {
         source="arXiv 2304.09148; Kyyle2114/SAM-Adapter-Pytorch-Implementation 66b0e9e (parent), "
         "tianrun-chen/SAM-Adapter-PyTorch 665145d (official)",
         renames=(
-            (r"^image_encoder\.task_adapter_blocks\.\d+\.up_projection\..*$", None),  # aliases
+            (  # aliases of the projection that all blocks share
+                r"^image_encoder\.task_adapter_blocks\.\d+\.up_projection(\..*)$",
+                r"image_encoder.task_adapter_up\1",
+            ),
             (r"^(no_mask_embed\..*)$", r"prompt_encoder.\1"),
             (r"^(pe_layer\..*)$", r"prompt_encoder.\1"),
         ),
@@ -66,6 +71,7 @@ ADAPTERS: dict[str, Adapter] = {
         several_classes=False,
         backbones=("vit",),
         source="arXiv 2408.01835; maoyangou147/TS-SAM edd171c",
+        renames=((r"^(no_mask_embed|pe_layer)\..*$", None),),  # SAM-Adapter's, which it grew from
         needs="blocks that share one width and one grid with the patches",
     ),
     "adaptformer": Adapter(
@@ -159,7 +165,7 @@ def build_model(
     equal seeds give equal models, and `build_untuned` the same base. Raises UserError for a
     combination that the adapter refuses or a checkpoint that does not fit.
     """
-    from samtune.adapters.layers import seeded, thaw_decoder
+    from samtune.adapters.layers import seeded
 
     if options.adapter not in ADAPTERS:
         raise UserError(f"--adapter {options.adapter}: choose from {', '.join(ADAPTERS)}")
@@ -173,10 +179,24 @@ def build_model(
         sam.prompt_encoder.input_image_size = tuple(adapter.frame_size(options))
     with seeded(seed + 1):
         model = adapter.build(sam, adapter_options)
-    if options.train == "all" or (options.train == "auto" and checkpoint is None):
+    _thaw(model, options, prompt, whole=options.train == "auto" and checkpoint is None)
+    return _account(model, report).eval()
+
+
+def _thaw(model: PromptedSam, options: ModelOptions, prompt: str, whole: bool) -> None:
+    """What --train adds to what the adapter itself trains. whole: as 'all' does."""
+    from samtune.adapters.layers import thaw_decoder, thaw_prompt_encoder
+
+    if whole or options.train == "all":
         model.image_encoder.requires_grad_(True)
         thaw_decoder(model)
-    return _account(model, report).eval()
+        thaw_prompt_encoder(model, prompt)
+    elif options.train == "prompt_encoder":
+        if not hasattr(model, "prompt_encoder"):
+            raise UserError(
+                f"--train prompt_encoder: --adapter {options.adapter} takes no prompts and has none"
+            )
+        thaw_prompt_encoder(model, prompt)
 
 
 def build_untuned(

@@ -126,5 +126,8 @@ class Adapter:
     def merge(self, model: PromptedSam) -> dict[str, Tensor]:
         """A stock Sam's state dict with the model's outputs. Raises UserError if there is none."""
         if not self.mergeable:
-            raise UserError(f"--adapter {self.name} cannot be merged into SAM's own weights")
+            raise UserError(
+                f"--adapter {self.name} cannot be merged into SAM's own weights: what it adds is "
+                "no linear map of what SAM's layers read; --adapter lora and decoder can be"
+            )
         return importlib.import_module(self.module).merge(model)

@@ -6,6 +6,8 @@ Deviation: heads that no loss reads stay frozen instead of decaying.
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from samtune.adapters.layers import thaw_decoder
 from samtune.adapters.options import DecoderOptions
 from samtune.models.sam import Sam
@@ -16,3 +18,9 @@ def build(sam: Sam, options: DecoderOptions) -> PromptedSam:
     """Thaw the mask decoder of a frozen Sam."""
     thaw_decoder(sam)
     return PromptedSam(sam)
+
+
+def merge(model: PromptedSam) -> dict[str, Tensor]:
+    """The state of a stock Sam, which it is. Raises UserError with a decoder for K classes."""
+    model.as_sam()
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

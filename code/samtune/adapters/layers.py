@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from samtune.models.attention import in_windows
 from samtune.models.mask_decoder import ClassDecoder, masks_read
+from samtune.models.prompt_encoder import parts_read
 from samtune.models.sam import ImageEncoderViT, MaskDecoder, Sam
 from samtune.models.segmenter import PromptedSam
 
@@ -37,6 +38,16 @@ def thaw_decoder(sam: Sam | PromptedSam) -> None:
     decoder.iou_prediction_head.requires_grad_(False)
     decoder.output_hypernetworks_mlps.requires_grad_(False)
     decoder.output_hypernetworks_mlps[masks_read(decoder)].requires_grad_(True)
+
+
+def thaw_prompt_encoder(model: PromptedSam, prompt: str) -> None:
+    """Let what this kind of prompt reads of the prompt encoder train, and nothing else of it.
+
+    An adapter that takes no prompts has none.
+    """
+    if hasattr(model, "prompt_encoder"):
+        for part in parts_read(model.prompt_encoder, prompt):
+            part.requires_grad_(True)
 
 
 class AdaptedEncoder(nn.Module):

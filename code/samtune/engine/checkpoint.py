@@ -123,12 +123,23 @@ def load_adapted(model: nn.Module, path: str | Path, renames: Renames = ()) -> l
     path: samtune's safetensors, whose keys must be exactly the model's adapted state; or a .pth/.pt
     dict of tensors, with or without a leading `module.`, that must cover the adapted parameters and
     may hold other state of the model too. renames: (pattern, replacement) applied to the start of
-    each key of a .pth, first match only; None drops the key (an alias, say).
+    each key of a .pth, first match only; None drops the key.
     Raises UserError with the names that are missing, unknown or of another shape.
     """
     if Path(path).suffix == ".safetensors":
         return _load(model, path, read_state_dict(path), exact=True)
-    return _load(model, path, _rename(read_state_dict(path), renames), exact=False)
+    state = {renamed(key, renames): tensor for key, tensor in read_state_dict(path).items()}
+    state.pop(None, None)
+    return load_published(model, path, state)
+
+
+def load_published(model: nn.Module, path: str | Path, state: Mapping[str, Tensor]) -> list[str]:
+    """Load what others tuned, under our names; return the names loaded.
+
+    It must cover the adapted parameters and may hold other state of the model too. path: where it
+    lay, for the error's words. Raises UserError as `load_adapted` does.
+    """
+    return _load(model, path, state, exact=False)
 
 
 def load_adapted_state(model: nn.Module, path: str | Path, state: Mapping[str, Tensor]) -> None:
@@ -165,16 +176,15 @@ def _shorten(names: list[str]) -> str:
     return ", ".join(sorted(names)[:_SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
-def _rename(state: Mapping[str, Tensor], renames: Renames) -> dict[str, Tensor]:
-    result = {}
-    for key, value in state.items():
-        for pattern, replacement in renames:
-            if match := re.match(pattern, key):
-                key = replacement and match.expand(replacement) + key[match.end() :]
-                break
-        if key is not None:
-            result[key] = value
-    return result
+def renamed(key: str, renames: Renames) -> str | None:
+    """Our name for a published one; None where nothing here reads the tensor.
+
+    renames: (pattern, replacement) applied to the start of the key, first match only.
+    """
+    for pattern, replacement in renames:
+        if match := re.match(pattern, key):
+            return replacement and match.expand(replacement) + key[match.end() :]
+    return key
 
 
 def save_parent(path: str | Path, model: nn.Module) -> None:

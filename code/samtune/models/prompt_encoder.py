@@ -13,7 +13,7 @@ import math
 
 import torch
 from segment_anything.modeling import PromptEncoder
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from samtune.structures import Prompts
@@ -45,6 +45,22 @@ def embed_prompts(
     if not tokens:
         return encoder.no_mask_embed.weight.new_zeros(rows, 0, encoder.embed_dim)
     return torch.cat(tokens, dim=1)
+
+
+def parts_read(encoder: PromptEncoder, prompt: str) -> list[nn.Module]:
+    """What a forward with this kind of prompt (a value of --prompt) reads and a loss could train.
+
+    The random frequencies of positions are a buffer. A further kind of prompt is a row here: points
+    read the first two point embeddings and, without a box beside them, `not_a_point_embed`; a mask
+    reads `mask_downscaling` in the place of `no_mask_embed`. What is listed must have a gradient in
+    every step, whatever the step asks about: distributed training waits for it.
+    """
+    _, _, first_corner, second_corner = encoder.point_embeddings
+    read = {
+        "none": [encoder.no_mask_embed],
+        "box": [first_corner, second_corner, encoder.no_mask_embed],
+    }
+    return read[prompt]
 
 
 def no_mask(encoder: PromptEncoder) -> Tensor:

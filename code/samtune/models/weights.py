@@ -144,7 +144,7 @@ def _explain_misfit(path, given: dict, wanted: dict) -> str:
     if anatomy is None:
         return f"{path} is no SAM checkpoint: it has no image encoder under SAM's names"
     if anatomy != _anatomy(wanted):
-        names = [name for name, row in MODEL_TYPES.items() if _type_anatomy(row) == anatomy]
+        names = model_types_like(given)
         hint = f": add --model_type {names[0]}" if names else ""
         return (
             f"{path} holds a SAM of another size (width {anatomy[0]}, {anatomy[1]} blocks){hint}, "
@@ -176,6 +176,12 @@ def _anatomy(state: dict) -> tuple[int, int, int] | None:
 
 def _type_anatomy(model_type: ModelType) -> tuple[int, int, int]:
     return model_type.embed_dim, model_type.depth, model_type.prompt_embed_dim
+
+
+def model_types_like(state: dict) -> list[str]:
+    """The model types whose image encoder has the size of the one in a state dict."""
+    anatomy = _anatomy(state)
+    return [name for name, row in MODEL_TYPES.items() if _type_anatomy(row) == anatomy]
 
 
 def _missing(name: str, model_type: ModelType, path: Path, reason: str = "") -> str:
