@@ -130,7 +130,7 @@ def test_a_whole_model_needs_no_base_and_no_flag_that_it_shows(adapter, options,
     again = load_trained("run")
     with torch.no_grad():
         assert torch.equal(again(image).logits, model(image).logits)
-    assert again.image_size == 96
+    assert again.image_size == (96, 96)
 
 
 @pytest.mark.parametrize(

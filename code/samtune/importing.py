@@ -12,7 +12,7 @@ from torch import Tensor
 
 from samtune import flags
 from samtune.adapters import ADAPTERS, build_model, published
-from samtune.config import ImportConfig, ModelOptions
+from samtune.config import ImportConfig, ModelOptions, Size
 from samtune.engine import distributed
 from samtune.engine.checkpoint import load_published, renamed, save_adapted
 from samtune.engine.distributed import Process
@@ -154,13 +154,13 @@ def _fit_frame(options: ModelOptions, file: Published) -> ModelOptions:
     frame = None if adapter.any_size else published.frame_shown(file.shapes, row, adapter.stride)
     if frame is None:
         return options
-    side = frame[0]
-    if options.image_size not in (0, side):
+    size = Size(*frame)
+    if options.image_size not in (Size(0, 0), size):
         raise UserError(
-            f"{file.path} is made for frames of {side} px, --image_size {options.image_size} does "
+            f"{file.path} is made for frames of {size} px, --image_size {options.image_size} does "
             "not fit it"
         )
-    return replace(options, image_size=side)
+    return replace(options, image_size=size)
 
 
 def _load(model: PromptedSam, file: Published, based: bool) -> tuple[dict[str, str], set[str]]:
