@@ -18,6 +18,7 @@ from samtune.data.splits import hold_out
 from samtune.errors import UserError
 
 _NAMING = ("image_prefix", "image_suffix", "mask_prefix", "mask_suffix")
+_CODED = ("mask_coding", "class_colours", "ignore_index")
 
 
 class Found(NamedTuple):
@@ -82,9 +83,7 @@ def find_dataset(
     try:
         if split in layout.splits:
             pairs = _existing(found, split)
-        elif split == "val":
-            pairs = _existing(found, "train")
-        elif layout.test_share and split == "test":
+        elif split == "val" or (layout.test_share and split == "test"):
             pairs = _existing(found, "train")
         else:
             raise _no_split(found, split)
@@ -135,26 +134,29 @@ def read_options(names: list[str], data_root: str | Path, read: ReadOptions) -> 
 
 
 def _read_one(found: Found, read: ReadOptions) -> ReadOptions:
-    row = found.row
-    rule = {"num_classes": row.num_classes} | found.layout.read
+    row, default = found.row, ReadOptions()
+    rule = {name: getattr(default, name) for name in _CODED} | found.layout.read
+    rule["num_classes"] = row.num_classes
     if row.num_classes > 1:
         rule["class_names"] = ",".join(row.class_names)
-    default = ReadOptions()
     said = {
         f.name: getattr(read, f.name)
         for f in fields(read)
         if getattr(read, f.name) != getattr(default, f.name)
     }
-    if row.num_classes == 1 and {"mask_threshold", "foreground"} & said.keys():
-        rule.pop("mask_coding", None)  # the threshold is the user's
+    if row.num_classes == 1 and said.keys() & {"mask_threshold", "foreground"}:
+        if said.get("mask_coding") == rule["mask_coding"]:
+            del said["mask_coding"]
+        rule["mask_coding"] = default.mask_coding  # the threshold is the user's
     for name in said:
         if name in _NAMING or (name in ("mask_threshold", "foreground") and row.num_classes > 1):
-            raise UserError(f"--{name} has no meaning with the data set {found.name}: its layout "
-                            "says it")  # fmt: skip
+            raise UserError(
+                f"--{name} has no meaning with the data set {found.name}: its layout says it"
+            )
         if name != "intensity_range" and said[name] != rule.get(name, said[name]):
             raise UserError(
-                f"--{name} {said[name]}: the data set {found.name} has {rule[name]}; leave the "
-                "flag out, or name its folders by --train_image_dir and --train_mask_dir"
+                f"--{name} {said[name]}: the data set {found.name} has {rule[name] or 'none'}; "
+                "leave the flag out, or name its folders by --train_image_dir and --train_mask_dir"
             )
     return replace(read, **(rule | said))
 

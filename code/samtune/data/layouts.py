@@ -39,10 +39,14 @@ class Folders:
 
     @property
     def needs(self) -> str:
-        return f"{self.images} with {self.masks}"
+        named = f" named {'KEY'.join(self.of_mask)}" if any(self.of_mask) else ""
+        return f"{self.images} with {self.masks}{named}"
 
     def exists(self, root: Path) -> bool:
-        return any(path.is_dir() for path in root.glob(self.images))
+        """Whether there is a folder of images, and a mask of the right name."""
+        masks = root.glob(f"{self.masks}/{self.of_mask.prefix}*{self.of_mask.suffix}.*")
+        is_there = any(path.is_dir() for path in root.glob(self.images))
+        return is_there and next(masks, None) is not None
 
     def pairs(self, root: Path) -> list[Pair]:
         """All pairs, in natural order of subfolder and name. Raises UserError."""
