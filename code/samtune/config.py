@@ -185,6 +185,11 @@ class TrainDataOptions:
     def __post_init__(self):
         object.__setattr__(self, "crop", Size.read(self.crop))
 
+    @property
+    def named(self) -> bool:
+        """Whether there is anything to train on but the sample set."""
+        return bool(self.train_image_dir or self.train_list or self.dataset)
+
 
 @dataclass(frozen=True)
 class TestDataOptions:
@@ -200,6 +205,11 @@ class TestDataOptions:
         "either, the test split of --dataset",
     )
     test_data_root: str = option("", "folder that holds them; empty: that of --data_root")
+
+    @property
+    def named(self) -> bool:
+        """Whether there is anything to score."""
+        return bool(self.test_image_dir or self.test_list or self.test_datasets)
 
 
 @dataclass(frozen=True)
