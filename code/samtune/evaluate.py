@@ -35,7 +35,7 @@ from samtune.pipeline import (
     validation_scores,
 )
 from samtune.run_folder import RunFolder, newest
-from samtune.sources import test_set
+from samtune.sources import scored_set
 from samtune.trained import load_trained, load_untuned, options_of, trained_file
 
 EXAMPLES = 6  # pictures on the sheet
@@ -56,7 +56,7 @@ def run(config: EvaluateConfig, process: Process) -> dict:
         return _run_each(config, names, file, folder, process)
     with distributed.together():
         own = metadata["config"].get("dataset", "").split("+")
-        dataset, pairs, read = test_set(test, read, own, config.given)
+        dataset, pairs, read = scored_set(test, read, own, config.given)
         models = {"tuned": load_trained(file, wanted.checkpoint)}
         if wanted.zero_shot and (untuned := load_untuned(file, wanted.checkpoint)):
             models["zero_shot"] = untuned

@@ -25,7 +25,7 @@ _KEPT = ("resize",)  # a test set is fitted as the training images were
 _KEPT_OF_OWN = ("mask_threshold", "foreground", "intensity_range")
 
 
-class TestSet(NamedTuple):
+class ScoredSet(NamedTuple):
     """Pictures to score, and how their files are read. name: of the data set, "" of others."""
 
     name: str
@@ -81,12 +81,12 @@ def training_pairs(data: TrainDataOptions, read: ReadOptions) -> tuple[list[Pair
     return train, val
 
 
-def test_set(
+def scored_set(
     test: TestDataOptions,
     read: ReadOptions,
     own: Collection[str] = (),
     said: dict | None = None,
-) -> TestSet:
+) -> ScoredSet:
     """The pictures of one test set: of folders, of a list, or of the one data set that is named.
 
     read: how the run's files are read; folders and lists are read like this. A data set is read as
@@ -95,7 +95,7 @@ def test_set(
     Raises UserError if there is nothing, or if it has other classes than the run.
     """
     if not test.test_datasets:
-        return TestSet("", _of_files("test", test, read), read)
+        return ScoredSet("", _of_files("test", test, read), read)
     (name,) = _tested(test)
     kept = _KEPT + (_KEPT_OF_OWN if name in own else ())
     base = {key: getattr(read, key) for key in kept}
@@ -107,7 +107,7 @@ def test_set(
             f"{read.num_classes}"
         )
     pairs = find_dataset(name, test.test_data_root, "test")
-    return TestSet(name, select(pairs, test.test_slice, "--test_slice"), base)
+    return ScoredSet(name, select(pairs, test.test_slice, "--test_slice"), base)
 
 
 def said_of(data: TrainDataOptions) -> str:

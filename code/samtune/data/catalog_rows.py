@@ -367,3 +367,22 @@ DATASETS = {
     "hku_is": _salient("HKU-IS", "imgs", "gt", "HKU-IS"),
     "pascal_s": _salient("PASCAL-S", "JPEGImages/PASCAL-S", "Annotations/PASCAL-S", "PASCAL-S"),
 }
+
+
+def table() -> str:
+    """The catalog as a table in Markdown, as the README has it."""
+    head = ("`--dataset`", "what it is", "found as", "splits", "classes", "scored as", "terms")
+    rows = [
+        (
+            f"`{name}`",
+            row.title,
+            "; ".join(layout.title for layout in row.layouts),
+            row.splits,
+            str(row.num_classes) if row.num_classes > 1 else row.class_names[0],
+            row.protocol,
+            row.licence,
+        )
+        for name, row in DATASETS.items()
+    ]
+    rule = ("---",) * len(head)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, rule, *rows))
