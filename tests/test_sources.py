@@ -1,38 +1,72 @@
 """From a data set's name to a trained and scored run: what is recorded, refused and said."""
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from samtune import config as c
+from samtune.adapters import ADAPTERS
+from samtune.engine.distributed import Process
 from samtune.errors import UserError
+from samtune.evaluate import run as evaluate
+from samtune.models import MODEL_TYPES
 from samtune.sources import complete_named, said_of, scored_set, training_pairs
+from samtune.train import run as train
 
 sys.path.insert(0, str(Path(__file__).parent / "data"))
 from miniatures import bundle_camo, camvid, istd
 
-ROOT = Path(__file__).resolve().parents[1]
-TRAIN = [
-    "train", "--model_type", "vit_mini", "--image_size", "64", "--epoch", "1", "--batch_size", "4",
-    "--workers", "0", "--output_dir", "run", "--adapter", "decoder",
-]  # fmt: skip
+ALONE = Process(0, 1, 0, torch.device("cpu"))
+
+
+@pytest.fixture
+def run_named(tmp_path, monkeypatch):
+    """Train one epoch of a tiny SAM in an empty folder, with these options of the data."""
+    monkeypatch.chdir(tmp_path)
+    tiny = replace(
+        MODEL_TYPES["vit_mini"], embed_dim=32, depth=2, num_heads=2, global_blocks=(1,),
+        image_size=64, window_size=3, prompt_embed_dim=32, decoder_heads=4, decoder_mlp_dim=32,
+        iou_head_hidden_dim=16,
+    )  # fmt: skip
+    monkeypatch.setitem(MODEL_TYPES, "tiny", tiny)
+
+    def run(data: dict, test: dict | None = None, **read) -> c.TrainConfig:
+        return train(
+            c.TrainConfig(
+                c.ModelOptions(model_type="tiny", adapter="decoder"),
+                c.ReadOptions(**read),
+                c.TrainDataOptions(**data),
+                c.TestDataOptions(**(test or {})),
+                c.LoaderOptions(batch_size=4, workers=0),
+                c.PromptOptions(),
+                c.LossOptions(),
+                c.OptimOptions(),
+                c.RunOptions(epoch=1, output_dir="run"),
+                c.LogOptions(),
+                ADAPTERS["decoder"].options(),
+            ),
+            None,
+            ALONE,
+        )
+
+    return run
+
+
+def score(output_dir: str, **given) -> dict:
+    wanted = c.EvaluateOptions(run_dir="run", output_dir=output_dir, save_predictions=True)
+    groups = c.TestDataOptions(), c.ReadOptions(), c.LoaderOptions(4, 0)
+    return evaluate(c.EvaluateConfig(wanted, *groups, given), ALONE)
 
 
 def complete(data: dict, test: dict | None = None, **read):
     return complete_named(
         c.TrainDataOptions(**data), c.TestDataOptions(**(test or {})), c.ReadOptions(**read)
     )
-
-
-def main(*argv) -> subprocess.CompletedProcess:
-    """The command line, as a process of its own."""
-    command = [sys.executable, str(ROOT / "code" / "run_sa.py"), *argv]
-    return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_a_data_set_decides_reading_and_test(tmp_path):
@@ -83,40 +117,38 @@ def test_contradictions_are_refused_before_anything_is_built(tmp_path, data, tes
         complete({"data_root": str(tmp_path), **data}, test)
 
 
-def test_a_named_run_is_scored_without_a_flag(tmp_path, monkeypatch):
+def test_a_named_run_is_scored_without_a_flag(run_named, tmp_path, capsys):
     """Shadows, named once in training: config.yaml records how they are read and what is scored."""
-    monkeypatch.chdir(tmp_path)
     istd(tmp_path / "ISTD")
     bundle_camo(tmp_path)
-    done = main(*TRAIN, "--dataset", "istd", "--data_root", ".", "--val_share", "0.3")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "ISTD, shadows: official (1330 / 540); val: scenes held out of train" in done.stdout
+    done = run_named({"dataset": "istd", "data_root": ".", "val_share": 0.3})
+    assert done.test.named
+    said = capsys.readouterr().out
+    assert "ISTD, shadows: official (1330 / 540); val: scenes held out of train" in said
     recorded = yaml.safe_load(Path("run/config.yaml").read_text())
     assert recorded["mask_coding"] == "above128" and recorded["test_datasets"] == "istd"
-    scores = json.loads(Path("run/scores.json").read_text())
+    scores = score("alone")
     assert scores["images"] == 6 and scores["test_dataset"] == "istd"
-
-    several = ["--test_datasets", "istd,camo", "--output_dir", "both", "--workers", "0"]
-    done = main("evaluate", "--run_dir", "run", *several, "--save_predictions")
-    assert done.returncode == 0, done.stdout + done.stderr
-    both = json.loads(Path("both/scores.json").read_text())
-    assert list(both) == ["istd", "camo"] and both["istd"]["images"] == 6
-    assert both["istd"]["tuned"] == pytest.approx(scores["tuned"], rel=1e-5)
+    both = score("both", test_datasets="istd,camo")
+    assert both == json.loads(Path("both/scores.json").read_text())
+    assert list(both) == ["istd", "camo"] and both["istd"] == scores
     assert both["camo"]["images"] == 3 == len(list(Path("both/camo/predictions/masks").iterdir()))
-    done = main("evaluate", "--run_dir", "run", "--test_datasets", "duts")
-    assert done.returncode == 2 and "does not hold DUTS" in done.stderr
+    with pytest.raises(UserError, match="does not hold DUTS"):
+        score("none", test_datasets="duts")
+    folders = {"test_image_dir": "ISTD/test/test_A", "test_mask_dir": "ISTD/test/test_B"}
+    assert score("folders", **folders)["tuned"] == scores["tuned"]  # instead of the run's own
 
 
-def test_lists_train_and_score(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_lists_train_and_score(run_named, tmp_path):
     istd(tmp_path)
     for split in ("train", "test"):
         names = sorted(path.stem for path in (tmp_path / f"{split}/{split}_B").iterdir())
         lines = [f"{split}_A/{name}.jpg,{split}_B/{name}.png\n" for name in names]
         Path(f"{split}/list.csv").write_text("".join(lines))
-    lists = ["--train_list", "train/list.csv", "--test_list", "test/list.csv"]
-    slices = ["--mask_coding", "above128", "--train_slice", ":8", "--val_slice", "8:"]
-    done = main(*TRAIN, *lists, *slices)
-    assert done.returncode == 0, done.stdout + done.stderr
-    scores = json.loads(Path("run/scores.json").read_text())
+    lists = {"train_list": "train/list.csv"}, {"test_list": "test/list.csv"}
+    with pytest.raises(UserError, match="nothing to validate on"):
+        run_named(*lists, mask_coding="above128")
+    lists[0].update(train_slice=":8", val_slice="8:")
+    run_named(*lists, mask_coding="above128")
+    scores = score("alone")
     assert scores["images"] == 6 and scores["test_list"] == "test/list.csv"
