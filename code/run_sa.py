@@ -80,12 +80,12 @@ def train(argv: list[str]) -> None:
         from samtune.train import run
 
         done = run(config, folder, process)
-        if done.test.test_image_dir:
+        if done.test.named:
             from samtune.evaluate import run as score
 
             scored = c.EvaluateOptions(run_dir=done.run.output_dir)
             score(c.EvaluateConfig(scored, done.test, done.read, done.loader, {}), process)
-        if process.is_main and not config.data.train_image_dir:
+        if process.is_main and not config.data.named:
             print(NEXT_STEPS, flush=True)
 
 

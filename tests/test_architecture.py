@@ -11,7 +11,7 @@ GROUND = {"errors", "structures", "config", "flags", "run_folder", "tensor_files
 WINGS = {"models", "data", "metrics", "losses", "engine"}
 VERBS = {"train", "evaluate", "importing", "merging", "compare", "benchmark", "adapter_table"}
 # Composition that verbs share. It imports the wings and is imported by verbs only.
-COMPOSED = {"pipeline", "trained", "pictures", "gallery", "complexity"}
+COMPOSED = {"pipeline", "trained", "pictures", "gallery", "complexity", "sources"}
 
 # room -> the rooms it may import beside itself
 MAY_IMPORT = {

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from samtune import adapter_table, config, errors
 from samtune.adapters import ADAPTERS
+from samtune.data.catalog_rows import DATASETS
+from samtune.data.catalog_rows import table as table_of_datasets
 from samtune.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,6 +56,12 @@ def test_the_tables_of_adapters_are_what_the_verb_prints():
     assert text == adapter_table.run(), "put in what `code/run_sa.py adapters` prints"
 
 
+def test_the_table_of_data_sets_is_that_of_the_code():
+    written = README.split("<!--datasets-->\n")[1].split("<!--/datasets-->")[0]
+    assert written == table_of_datasets()
+    assert len(table("datasets")) == len(DATASETS)
+
+
 def test_the_table_of_exit_codes_is_that_of_the_code():
     codes = {int(row[0]) for row in table("exit-codes")}
     assert codes == {0, *(v for k, v in vars(errors).items() if k.startswith("EXIT_"))}
@@ -83,4 +91,6 @@ def test_the_python_example_loads_a_run(tmp_path):
 
 
 def test_nothing_is_left_to_fill_in():
-    assert set(re.findall(r"<!--/?([\w-]+)-->", README)) == {"adapters", "exit-codes", "files"}
+    assert set(re.findall(r"<!--/?([\w-]+)-->", README)) == {
+        "adapters", "datasets", "exit-codes", "files",
+    }  # fmt: skip

@@ -98,6 +98,22 @@ class ReadOptions:
     image_suffix: str = option("", "end of image file names (before the extension) likewise")
     mask_prefix: str = option("", "start of mask file names that is not part of the pairing key")
     mask_suffix: str = option("", "end of mask file names (before the extension) likewise")
+    mask_coding: str = option(
+        "auto",
+        "how mask values are read: 'auto': one object (0 and 1, 0 and 255, --mask_threshold), or "
+        "with --num_classes the ids themselves; the others are fixed rules of known data sets: a "
+        "cut of grey or red values, or a table of ids or colours",
+        (
+            "auto", "above128", "above200", "red_above150", "red_below150", "cityscapes",
+            "trans10k", "camvid_colour", "btcv",
+        ),
+    )  # fmt: skip
+    class_colours: str = option(
+        "",
+        "colours of masks that are drawn in colour, 'R,G,B;R,G,B;...', one per class id from 0 on; "
+        "with 'ignore=' before it a colour is left out of losses and scores",
+    )
+    class_names: str = option("", "with --num_classes: names of the ids, with commas between")
     mask_threshold: int = option(
         -1, "mask values of at least this are one side, the others the other; -1: decide by file"
     )
@@ -136,6 +152,24 @@ class TrainDataOptions:
         "", "START:STOP of the training pairs in sorted order, as in Python; empty: all"
     )
     val_slice: str = option("", "the same for validation")
+    train_list: str = option(
+        "",
+        "file with an image and its mask per line (comma, tab or space between), relative to "
+        "--train_image_dir and --train_mask_dir, or where those are empty to the file's folder",
+    )
+    val_list: str = option("", "the same for validation")
+    dataset: str = option(
+        "",
+        "a named data set instead of folders, or several joined by '+': camvid, camvid_colour, "
+        "massachusetts, isbi2012, kvasir, synapse, cityscapes, trans10k, cod10k, camo, chameleon, "
+        "nc4k, istd, duts, ecssd, dut_omron, hku_is, pascal_s",
+    )
+    data_root: str = option("", "folder that holds it, as it was unpacked")
+    val_share: float = option(
+        0.1,
+        "where a named data set has no validation split: the part of its training images, in whole "
+        "groups (sequence, volume, scene), that is held out for it",
+    )
     augment: str = option(
         "standard",
         "'standard': half of the images flipped, turned by 90 degrees or shifted, scaled and "
@@ -151,6 +185,11 @@ class TrainDataOptions:
     def __post_init__(self):
         object.__setattr__(self, "crop", Size.read(self.crop))
 
+    @property
+    def named(self) -> bool:
+        """Whether there is anything to train on but the sample set."""
+        return bool(self.train_image_dir or self.train_list or self.dataset)
+
 
 @dataclass(frozen=True)
 class TestDataOptions:
@@ -159,6 +198,18 @@ class TestDataOptions:
     test_image_dir: str = option("", "test images")
     test_mask_dir: str = option("", "their masks")
     test_slice: str = option("", "START:STOP of the test pairs in sorted order; empty: all")
+    test_list: str = option("", "file with an image and its mask per line, as --train_list")
+    test_datasets: str = option(
+        "",
+        "named data sets with commas between, each scored apart; empty: no folders and no list "
+        "either, the test split of --dataset",
+    )
+    test_data_root: str = option("", "folder that holds them; empty: that of --data_root")
+
+    @property
+    def named(self) -> bool:
+        """Whether there is anything to score."""
+        return bool(self.test_image_dir or self.test_list or self.test_datasets)
 
 
 @dataclass(frozen=True)
@@ -365,7 +416,8 @@ def answers_classes(num_classes: int, prompt: str) -> bool:
 # What may differ when a run goes on (`--resume`); everything else stays as the run began.
 FREE_ON_RESUME = {
     "epoch", "patience", "workers", "timeout", "save_pth", "wandb", "wandb_mode", "project_name",
-    "resume", "test_image_dir", "test_mask_dir", "test_slice",
+    "resume", "test_image_dir", "test_mask_dir", "test_slice", "test_list",
+    "test_datasets", "test_data_root",
 }  # fmt: skip
 
 # Flags of the parent repository that torchrun has made needless: accepted, and said so.

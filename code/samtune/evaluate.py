@@ -31,11 +31,11 @@ from samtune.pipeline import (
     check_pairs,
     evaluation_loader,
     filled_box,
-    load_pairs,
     usable,
     validation_scores,
 )
 from samtune.run_folder import RunFolder, newest
+from samtune.sources import scored_set
 from samtune.trained import load_trained, load_untuned, options_of, trained_file
 
 EXAMPLES = 6  # pictures on the sheet
@@ -52,7 +52,11 @@ def run(config: EvaluateConfig, process: Process) -> dict:
         metadata = read_metadata(file)
         test, read, prompts = _inherit(config, metadata)
         folder = RunFolder(wanted.output_dir or file.parent)
-        pairs = load_pairs("test", test.test_image_dir, test.test_mask_dir, test.test_slice, read)
+    if len(names := test.test_datasets.split(",")) > 1:
+        return _run_each(config, names, file, folder, process)
+    with distributed.together():
+        own = metadata["config"].get("dataset", "").split("+")
+        dataset, pairs, read = scored_set(test, read, own, config.given)
         models = {"tuned": load_trained(file, wanted.checkpoint)}
         if wanted.zero_shot and (untuned := load_untuned(file, wanted.checkpoint)):
             models["zero_shot"] = untuned
@@ -102,7 +106,9 @@ def run(config: EvaluateConfig, process: Process) -> dict:
         "image_size": image_size.plain,
         "epoch": metadata["epoch"],
         "base_sha256": metadata["base_sha256"],
+        "test_dataset": dataset,
         "test_image_dir": test.test_image_dir,
+        "test_list": test.test_list,
         "test_slice": test.test_slice,
     }
     if counter:
@@ -125,6 +131,20 @@ def _plain(values: list[float]) -> list[float | None]:
     return [None if math.isnan(value) else round(value, 6) for value in values]
 
 
+def _run_each(config: EvaluateConfig, names: list[str], file: Path, folder, process) -> dict:
+    """Score several test sets apart, each in a folder of its name; scores.json holds them all."""
+    scores = {}
+    for name in map(str.strip, names):
+        wanted = replace(
+            config.evaluate, run_dir=str(file), output_dir=str(folder.path / name)
+        )  # fmt: skip
+        given = config.given | {"test_datasets": name}
+        scores[name] = run(replace(config, evaluate=wanted, given=given), process)
+    if process.is_main:
+        folder.scores.write_text(json.dumps(scores, indent=2) + "\n")
+    return scores
+
+
 def _inherit(
     config: EvaluateConfig, metadata: dict
 ) -> tuple[TestDataOptions, ReadOptions, PromptOptions]:
@@ -136,9 +156,15 @@ def _inherit(
         return replace(options_of(metadata, group), **said)
 
     test = merge(TestDataOptions)
-    if not test.test_image_dir:
+    sources = {"test_image_dir", "test_list", "test_datasets"}
+    if said := {name for name in sources if config.given.get(name)}:  # instead of the run's own
+        test = replace(test, **dict.fromkeys(sources - said, ""))
+        if "test_datasets" in said:
+            test = replace(test, test_mask_dir="")
+    if not test.named:
         raise UserError("the run knows no test data: set --test_image_dir and --test_mask_dir "
-                        "(TEST_IMAGE_DIR and TEST_MASK_DIR in eval.sh)")  # fmt: skip
+                        "(TEST_IMAGE_DIR and TEST_MASK_DIR in eval.sh), --test_list or "
+                        "--test_datasets")  # fmt: skip
     prompts = merge(PromptOptions)
     read = merge(ReadOptions)
     ADAPTERS[metadata["adapter"]].check(

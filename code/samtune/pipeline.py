@@ -7,7 +7,7 @@ from torch import Tensor
 
 from samtune.config import LoaderOptions, PromptOptions, ReadOptions, Size, answers_classes
 from samtune.data.datasets import SegmentationDataset
-from samtune.data.files import Pair, find_pairs, select
+from samtune.data.files import Pair
 from samtune.data.loading import make_loader
 from samtune.data.sampler import eval_batches
 from samtune.data.scan import ScanReport, scan_pairs
@@ -19,17 +19,6 @@ from samtune.errors import UserError
 from samtune.metrics.classes import ClassCounts
 from samtune.metrics.region import overlap, region_scores
 from samtune.structures import IGNORE, Batch, Prediction
-
-
-def load_pairs(
-    split: str, image_dir: str, mask_dir: str, text: str, read: ReadOptions
-) -> list[Pair]:
-    """The pairs of one split. `split` (train, val, test) names the flags in messages."""
-    for kind, folder in (("image", image_dir), ("mask", mask_dir)):
-        if not folder:
-            raise UserError(f"--{split}_{kind}_dir is not set")
-    pairs = find_pairs(image_dir, mask_dir, read, (f"--{split}_image_dir", f"--{split}_mask_dir"))
-    return select(pairs, text, f"--{split}_slice")
 
 
 def check_pairs(

@@ -27,14 +27,9 @@ from samtune.losses import make_loss
 from samtune.models.anatomy import checkpoint_activations
 from samtune.models.segmenter import PromptedSam
 from samtune.models.weights import find_checkpoint
-from samtune.pipeline import (
-    check_pairs,
-    evaluation_loader,
-    load_pairs,
-    usable,
-    validation_scores,
-)
+from samtune.pipeline import check_pairs, evaluation_loader, usable, validation_scores
 from samtune.run_folder import RunFolder, new_name
+from samtune.sources import complete_named, said_of, training_pairs
 from samtune.trained import describe
 
 SAMPLE_SET = Path("dataset/sample")
@@ -53,7 +48,7 @@ def run(config: TrainConfig, resumed: RunFolder | None, process: Process) -> Tra
             find_checkpoint(config.model)
     with distributed.together():
         model, metadata = _build(config)
-        train_pairs, val_pairs = _find(config)
+        train_pairs, val_pairs = training_pairs(config.data, config.read)
     folder = RunFolder(config.run.output_dir)
     saved = Checkpoints(folder, metadata, config.run.save_pth)
     with distributed.together():
@@ -95,26 +90,28 @@ def _complete(config: TrainConfig, resumed: RunFolder | None, process: Process) 
     output_dir = output_dir or str(new_name(config.model.adapter, config.model.model_type))
     run = replace(config.run, output_dir=distributed.broadcast_object(output_dir))
     with distributed.together():
-        data, test = config.data, config.test
-        if not data.train_image_dir:
+        data, test, read = complete_named(config.data, config.test, config.read)
+        if not data.named:
             if process.local_rank == 0:
                 make_sample_set(SAMPLE_SET)
             data = replace(data, **_sample_folders("train"), **_sample_folders("val"))
-            test = test if test.test_image_dir else replace(test, **_sample_folders("test"))
-        if not data.val_image_dir:
-            if not data.val_slice:
+            test = test if test.named else replace(test, **_sample_folders("test"))
+        if not (data.val_image_dir or data.dataset):
+            if not (data.val_slice or data.val_list):
                 raise UserError(
                     "there is nothing to validate on: set --val_image_dir and --val_mask_dir, or "
                     "take a part of the training folders by --train_slice :80 --val_slice 80:"
                 )
             data = replace(
-                data, val_image_dir=data.train_image_dir, val_mask_dir=data.train_mask_dir
-            )
-        if test.test_slice and not test.test_image_dir:
+                data, val_image_dir=data.train_image_dir, val_mask_dir=data.train_mask_dir,
+                val_list=data.val_list or data.train_list,
+            )  # fmt: skip
+        if test.test_slice and not test.named:
             test = replace(
-                test, test_image_dir=data.train_image_dir, test_mask_dir=data.train_mask_dir
-            )
-    return replace(config, data=data, test=test, run=run)
+                test, test_image_dir=data.train_image_dir, test_mask_dir=data.train_mask_dir,
+                test_list=data.train_list,
+            )  # fmt: skip
+    return replace(config, data=data, test=test, read=read, run=run)
 
 
 def _sample_folders(split: str) -> dict[str, str]:
@@ -137,19 +134,6 @@ def _build(config: TrainConfig) -> tuple[PromptedSam, dict]:
     return model, describe(model, base, flags.dump(_groups(config)))
 
 
-def _find(config: TrainConfig) -> tuple[list[Pair], list[Pair]]:
-    data, read = config.data, config.read
-    train = load_pairs("train", data.train_image_dir, data.train_mask_dir, data.train_slice, read)
-    val = load_pairs("val", data.val_image_dir, data.val_mask_dir, data.val_slice, read)
-    twice = {pair.image_path for pair in train} & {pair.image_path for pair in val}
-    if twice:
-        raise UserError(
-            f"{len(twice)} images are in training and in validation, {sorted(twice)[0]} for one; "
-            "validation would be blind: separate them by folders or by --train_slice, --val_slice"
-        )
-    return train, val
-
-
 def _check(name, pairs, config, image_size, process) -> list[Pair]:
     """Read every file of a split once; drop what cannot be asked about."""
     logbook = Logbook.console(process)
@@ -170,8 +154,8 @@ def _introduce(config, model, training: int, validation: int, process, folder, l
         f"model: {config.model.adapter} on {config.model.model_type} at {model.image_size} px, "
         f"prompt: {config.prompts.prompt}\n"
         f"weights: {weights}\n{summary.splitlines()[-1]}\n"
-        f"data: {training} training images in {config.data.train_image_dir}{sample}, "
-        f"{validation} for validation\n"
+        f"data: {training} training images in {said_of(config.data)}{sample}\n"
+        f"validation: {validation} images\n"
         f"run: {config.run.output_dir}, {process.world} process(es) on {process.device.type}"
     )
 

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 
 from samtune.config import ReadOptions
+from samtune.data.catalog import find_dataset, read_options
 from samtune.data.files import find_pairs
 from samtune.data.masks import read_mask
 from samtune.data.scan import scan_pairs
 from samtune.errors import UserError
+from samtune.structures import IGNORE
 
 FLAGS = ("train_image_dir", "train_mask_dir")
 MEMBRANE = ReadOptions(foreground="below")
@@ -71,3 +73,38 @@ def test_camvid_pairs_across_formats(camvid):
     assert len(pairs) == len(list((camvid / "val").iterdir()))
     report = scan_pairs(pairs[:3], ReadOptions())
     assert report.images == 0 and len(report.problems) == 3
+
+
+def test_camvid_by_name(camvid):
+    """Counts, classes and the ignored share as published; the scan names every class."""
+    read = read_options(["camvid"], camvid, ReadOptions())
+    assert (read.num_classes, read.ignore_index) == (11, 11)
+    pairs = {split: find_dataset("camvid", camvid, split) for split in ("train", "val", "test")}
+    assert [len(of_split) for of_split in pairs.values()] == [367, 101, 233]
+    groups = {split: {pair.group for pair in of_split} for split, of_split in pairs.items()}
+    assert groups["val"] == {"0016E5"} and "0016E5" in groups["train"]
+    assert groups["test"] == {"0001TP", "Seq05VD"}
+    report = scan_pairs(pairs["train"], read)
+    report.raise_problems()
+    assert report.sizes == {(360, 480): 367}
+    assert report.classes.pixels[IGNORE] / report.classes.pixels.total() == pytest.approx(
+        0.039, abs=5e-4
+    )
+    assert set(report.classes.pixels) == {*range(11), IGNORE}
+    assert "10 bicyclist" in report.remarks[0]
+
+
+def test_camvid_without_its_ignored_id_is_refused(camvid):
+    pairs = find_dataset("camvid", camvid, "val")[:9]
+    with pytest.raises(UserError, match=r"9 of 9 masks hold values .*: 11: [\d,]+ pixels in 9"):
+        scan_pairs(pairs, ReadOptions(num_classes=11)).raise_problems()
+
+
+def test_isbi_by_name(isbi):
+    """Blocks of one volume, membranes as objects."""
+    read = read_options(["isbi2012"], isbi, ReadOptions())
+    pairs = [find_dataset("isbi2012", isbi, split) for split in ("train", "val", "test")]
+    assert [(p[0].id, p[-1].id) for p in pairs] == [("00", "19"), ("20", "24"), ("25", "29")]
+    report = scan_pairs([pair for of_split in pairs for pair in of_split], read)
+    assert report.problems == [] and report.remarks == []
+    assert report.foreground_fraction == pytest.approx(0.2196, abs=5e-5)

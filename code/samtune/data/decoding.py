@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from samtune.data.arrays import ArraySlice, read_slice
 from samtune.errors import UserError
 
 _ORIENTATION = 0x0112  # the EXIF and TIFF tag that says how a picture is to be turned
@@ -34,12 +35,14 @@ class Decoded(NamedTuple):
     turned: bool
 
 
-def decode(path: str | Path, palette_indices: bool = False) -> Decoded:
+def decode(path: str | Path | ArraySlice, palette_indices: bool = False) -> Decoded:
     """Decode a file as it is, turned upright if it carries an orientation tag.
 
     palette_indices: a palette file gives its indices instead of its colours. Raises UserError for a
     file that is missing, no picture, truncated, a stack of pages, or too large.
     """
+    if isinstance(path, ArraySlice):
+        return Decoded(read_slice(path), lossy=False, turned=False)
     try:
         with Image.open(path) as picture:
             return _decode(picture, path, palette_indices)

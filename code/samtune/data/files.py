@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from samtune.config import ReadOptions
+from samtune.data.arrays import ArraySlice
 from samtune.errors import UserError
 
 # What may hold a picture. The name only selects files; the content says how one is decoded.
@@ -23,18 +24,23 @@ _log = logging.getLogger("samtune")
 
 
 class Pair(NamedTuple):
-    """An image file and its mask file. id: the part of the names that they share."""
+    """An image and its mask: files, or slices of files of arrays.
+
+    id: the part of the names that they share. group: what neighbours that look alike have in common
+    (a sequence, a volume, a scene); "" where every picture stands for itself.
+    """
 
     id: str
-    image_path: Path
-    mask_path: Path
+    image_path: Path | ArraySlice
+    mask_path: Path | ArraySlice
+    group: str = ""
 
 
-class _Affixes(NamedTuple):
+class Affixes(NamedTuple):
     """What surrounds the key in a file name."""
 
-    prefix: str
-    suffix: str
+    prefix: str = ""
+    suffix: str = ""
 
     def key(self, stem: str) -> str | None:
         """The key in a stem, or None if the stem does not have these affixes around one."""
@@ -57,8 +63,8 @@ def find_pairs(
     """
     flags = tuple("--" + flag.lstrip("-") for flag in flags)
     images, masks = _list_pictures(image_dir, flags[0]), _list_pictures(mask_dir, flags[1])
-    of_image = _Affixes(read.image_prefix, read.image_suffix)
-    of_mask = _Affixes(read.mask_prefix, read.mask_suffix)
+    of_image = Affixes(read.image_prefix, read.image_suffix)
+    of_mask = Affixes(read.mask_prefix, read.mask_suffix)
     if Path(image_dir).resolve() == Path(mask_dir).resolve():
         images, masks = _split_one_folder(images, of_image, of_mask, flags)
     found = None
@@ -74,7 +80,38 @@ def find_pairs(
             "--mask_suffix say otherwise",
             flags[0], *of_image, *of_mask,
         )  # fmt: skip
-    return [Pair(key, image_of[key], mask_of[key]) for key in sorted(image_of, key=_natural)]
+    return [Pair(key, image_of[key], mask_of[key]) for key in sorted(image_of, key=natural)]
+
+
+def pair_known(
+    image_dir: Path,
+    mask_dir: Path,
+    of_image: Affixes,
+    of_mask: Affixes,
+    only: str = "",
+    spare_masks: bool = False,
+) -> list[Pair]:
+    """The pairs of two folders whose naming is known; files of other names are passed over.
+
+    only: a regular expression that keys match from their start. spare_masks: masks without an image
+    are passed over, where one folder of masks serves several of images. Raises UserError as
+    `find_pairs` does, and where no name fits.
+    """
+    sides = []
+    for folder, affixes in ((image_dir, of_image), (mask_dir, of_mask)):
+        files = _list_pictures(folder, "--data_root")
+        fitting = [
+            path for path in files if (key := affixes.key(path.stem)) and re.match(only, key)
+        ]
+        if not fitting:
+            raise UserError(f"{folder}: no file in it is named {affixes.prefix}KEY{affixes.suffix}"
+                            + (f" with a KEY like {only}" if only else ""))  # fmt: skip
+        sides.append(_by_key(fitting, affixes, str(folder)))
+    image_of, mask_of = sides
+    if spare_masks:
+        mask_of = {key: path for key, path in mask_of.items() if key in image_of}
+    _refuse_one_sided(image_of, mask_of, (str(image_dir), str(mask_dir)))
+    return [Pair(key, image_of[key], mask_of[key]) for key in sorted(image_of, key=natural)]
 
 
 def select(pairs: list[Pair], text: str, flag: str) -> list[Pair]:
@@ -131,7 +168,7 @@ def _stems(files: Iterable[Path]) -> set[str]:
     return {path.stem for path in files}
 
 
-def _discover(images: set[str], masks: set[str]) -> tuple[_Affixes, _Affixes] | None:
+def _discover(images: set[str], masks: set[str]) -> tuple[Affixes, Affixes] | None:
     """Affixes under which the stems of both sides pair off exactly, or None.
 
     What all names of a folder begin (end) with is its prefix (suffix); digits at the seam belong to
@@ -141,7 +178,7 @@ def _discover(images: set[str], masks: set[str]) -> tuple[_Affixes, _Affixes] | 
     tail = _shared_start([of_image.prefix[::-1], of_mask.prefix[::-1]]).rstrip(_SEPARATORS)
     head = _shared_start([of_image.suffix, of_mask.suffix]).rstrip(_SEPARATORS)
     of_image, of_mask = (
-        _Affixes(prefix[: len(prefix) - len(tail)], suffix[len(head) :])
+        Affixes(prefix[: len(prefix) - len(tail)], suffix[len(head) :])
         for prefix, suffix in (of_image, of_mask)
     )
     image_keys = {of_image.key(stem) for stem in images}
@@ -149,10 +186,10 @@ def _discover(images: set[str], masks: set[str]) -> tuple[_Affixes, _Affixes] | 
     return (of_image, of_mask) if image_keys == mask_keys and None not in image_keys else None
 
 
-def _common_affixes(stems: set[str]) -> _Affixes:
+def _common_affixes(stems: set[str]) -> Affixes:
     prefix = _shared_start(stems).rstrip(string.digits)
     suffix = _shared_start([stem[len(prefix) :][::-1] for stem in stems])[::-1]
-    return _Affixes(prefix, suffix.lstrip(string.digits))
+    return Affixes(prefix, suffix.lstrip(string.digits))
 
 
 def _shared_start(texts: Iterable[str]) -> str:
@@ -160,7 +197,7 @@ def _shared_start(texts: Iterable[str]) -> str:
     return first[: next((i for i, c in enumerate(first) if last[i : i + 1] != c), len(first))]
 
 
-def _by_key(files: list[Path], affixes: _Affixes, flag: str) -> dict[str, Path]:
+def _by_key(files: list[Path], affixes: Affixes, flag: str) -> dict[str, Path]:
     found = defaultdict(list)
     for path in files:
         found[affixes.key(path.stem)].append(path)
@@ -181,7 +218,7 @@ def _refuse_one_sided(image_of: dict, mask_of: dict, flags: tuple[str, str]) -> 
         (image_of, mask_of, flags[0], "a mask"),
         (mask_of, image_of, flags[1], "an image"),
     ):
-        if missing := sorted(mine.keys() - other.keys(), key=_natural):
+        if missing := sorted(mine.keys() - other.keys(), key=natural):
             lonely.append(f"{flag}: without {partner}: {_names([mine[key] for key in missing])}")
     if lonely:
         hint = ""
@@ -198,7 +235,7 @@ def _names(paths: list[Path], limit: int = 8) -> str:
     return names + (f" and {len(paths) - limit} more" if len(paths) > limit else "")
 
 
-def _natural(key: str) -> tuple:
-    """Sorts numbers in names by value; the key itself breaks ties, so the order is one."""
+def natural(key: str) -> tuple:
+    """Sort key: numbers in names by value; the key itself breaks ties, so the order is one."""
     parts = re.split(r"(\d+)", key)
     return [int(p) if i % 2 else p for i, p in enumerate(parts)], key

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from samtune.config import ReadOptions
+from samtune.data.arrays import ArraySlice
 from samtune.data.decoding import Decoded, decode
 from samtune.errors import UserError
 
 
-def read_image(path: str | Path, read: ReadOptions) -> np.ndarray:
+def read_image(path: str | Path | ArraySlice, read: ReadOptions) -> np.ndarray:
     """An image file as (H, W, 3) uint8 RGB.
 
     Turned as its orientation tag says; alpha dropped; grey repeated; CMYK and palettes converted;
@@ -21,7 +22,7 @@ def read_image(path: str | Path, read: ReadOptions) -> np.ndarray:
     return image_from(decode(path), read, path)
 
 
-def image_from(decoded: Decoded, read: ReadOptions, path: str | Path) -> np.ndarray:
+def image_from(decoded: Decoded, read: ReadOptions, path: str | Path | ArraySlice) -> np.ndarray:
     """What was decoded, as (H, W, 3) uint8 RGB."""
     pixels = decoded.array
     if pixels.ndim == 3 and pixels.shape[2] not in (2, 3, 4):

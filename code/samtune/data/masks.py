@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from samtune.config import ReadOptions
+from samtune.data.arrays import ArraySlice
+from samtune.data.codings import coding_of, unknown_values
 from samtune.data.decoding import Decoded, decode
 from samtune.errors import UserError
 from samtune.structures import IGNORE
@@ -21,22 +23,36 @@ _JPEG_CONSTANT = 4  # how far a picture of one value strays from it
 _JPEG_CHROMA = 8  # how far the channels of a grey picture stray from each other
 
 
-def read_mask(path: str | Path, read: ReadOptions) -> np.ndarray:
+def read_mask(path: str | Path | ArraySlice, read: ReadOptions) -> np.ndarray:
     """A mask file as (H, W) uint8, 0 background and 1 object, or class ids.
 
-    Palette files by index, 1-bit files by bit, coloured-but-grey files by one channel, masks drawn
-    in the alpha channel by alpha. Raises UserError if the object cannot be told.
+    Palette files by index (by colour, if the coding is one of colours), 1-bit files by bit,
+    coloured-but-grey files by one channel, masks drawn in the alpha channel by alpha. Raises
+    UserError if the object cannot be told.
     """
-    return mask_from(decode(path, palette_indices=True), read, path)[0]
+    return mask_from(decode_mask(path, read), read, path)[0]
+
+
+def decode_mask(path: str | Path | ArraySlice, read: ReadOptions) -> Decoded:
+    """Decode a mask file; a palette gives the indices or colours that its coding is about."""
+    coding = coding_of(read)
+    return decode(path, palette_indices=not (coding and coding.coloured))
 
 
 def mask_from(
-    decoded: Decoded, read: ReadOptions, path: str | Path
+    decoded: Decoded, read: ReadOptions, path: str | Path | ArraySlice
 ) -> tuple[np.ndarray, str | None]:
     """What was decoded, as (H, W) uint8, and the remark "lossy" or None.
 
     Values are 0 and 1, or class ids below `read.num_classes` where that is 2 or more, and `IGNORE`.
     """
+    if coding := coding_of(read):
+        if decoded.lossy and coding.num_classes > 1:
+            raise UserError(f"{path}: JPEG does not keep class ids; save masks as PNG")
+        values = decoded.array
+        if not coding.coloured:
+            values = _one_channel(values, decoded.lossy, path)
+        return coding.ids(values, path), None
     values = _one_channel(decoded.array, decoded.lossy, path)
     if read.num_classes > 1:
         return _class_ids(values, decoded.lossy, read, path), None
@@ -59,13 +75,13 @@ def _class_ids(values: np.ndarray, lossy: bool, read: ReadOptions, path: str | P
     if lossy:
         raise UserError(f"{path}: JPEG does not keep class ids; save masks as PNG")
     ignored = values == read.ignore_index
-    unknown = ~ignored & ((values < 0) | (values >= read.num_classes))
+    unknown = ~ignored & ((values < 0) | (values >= read.num_classes) | (values % 1 != 0))
     if unknown.any():
-        raise UserError(
-            f"{path}: the mask's values {_listing(_distinct(values[unknown])[:12])} are no class "
-            f"id below --num_classes {read.num_classes} and not --ignore_index "
-            f"{read.ignore_index}; {unknown.mean():.2%} of its pixels"
+        rule = (
+            f"no class id below --num_classes {read.num_classes} and not --ignore_index "
+            f"{read.ignore_index}"
         )
+        raise unknown_values(values[unknown], values.size, "{:g}".format, rule, path)
     return np.where(ignored, IGNORE, values).astype(np.uint8)
 
 
@@ -86,7 +102,7 @@ def _one_channel(array: np.ndarray, lossy: bool, path: str | Path) -> np.ndarray
         raise UserError(
             f"{path}: the mask is coloured ({len(colours)} colours: "
             f"{_listing(tuple(colour.tolist()) for colour in colours[:4])}); save it as grey, 0 "
-            "for background and 255 for the object"
+            "for background and 255 for the object, or say with --class_colours what they mean"
         )
     return array[..., 0]
 
@@ -112,11 +128,14 @@ def _decide_lossy(values: np.ndarray, path: str | Path) -> tuple[np.ndarray, str
 
 def _undecidable(found: list, what: str, path: str | Path) -> UserError:
     low, high = found[0], found[-1]
+    ids = ""
+    if low >= 0 and 2 <= high < IGNORE and high % 1 == 0 and len(found) > 2:
+        ids = f"; if they are class ids, set --num_classes, here at least {high + 1:g}"
     number = f"{len(found)} different" if len(found) > 1 else "the only one"
     return UserError(
         f"{path}: the mask's values {_listing(found[:12])} ({number}, {low:g} to {high:g}) are "
         f"{what}; set --mask_threshold N, and values of at least N are one side, the others the "
-        "other (--foreground says which is the object)"
+        f"other (--foreground says which is the object){ids}"
     )
 
 

@@ -11,7 +11,7 @@ from samtune.config import ReadOptions
 from samtune.data.decoding import decode
 from samtune.data.files import Pair
 from samtune.data.images import image_from
-from samtune.data.masks import mask_from
+from samtune.data.masks import decode_mask, mask_from
 from samtune.errors import UserError
 from samtune.structures import Sample
 
@@ -32,7 +32,7 @@ class Reading(NamedTuple):
 def read_sample(pair: Pair, read: ReadOptions) -> Reading:
     """Read both files of a pair. Raises UserError if one is unreadable or they do not fit."""
     image_file = decode(pair.image_path)
-    mask_file = decode(pair.mask_path, palette_indices=True)
+    mask_file = decode_mask(pair.mask_path, read)
     image = image_from(image_file, read, pair.image_path)
     mask, note = mask_from(mask_file, read, pair.mask_path)
     notes = [note] if note else []

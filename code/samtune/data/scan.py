@@ -7,13 +7,18 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from samtune.config import ReadOptions, Size
+from samtune.data.class_shares import ClassShares, Unknown, class_names
+from samtune.data.codings import UnknownValues, coding_of
 from samtune.data.files import Pair
 from samtune.data.images import parse_range
 from samtune.data.loading import cores_per_process
 from samtune.data.samples import NOTES, read_sample
 from samtune.data.transforms import fit_scale
 from samtune.errors import UserError
+from samtune.structures import IGNORE
 
 _MOSTLY_FOREGROUND = 0.6
 _SLIVER = "images are so narrow that they become one pixel wide in the model's frame"
@@ -25,17 +30,21 @@ class ScanReport:
     """What a scan found; reports of parts of the data add up.
 
     images: how many pairs were read. problems: a line for each that could not be, naming file and
-    flag. empty: ids of pictures without object. sizes: how many pictures there are of each (H, W).
-    notes: per kind of remark how many pictures it is about, and the id of the first.
+    flag; unknown: what masks hold that their coding does not know. empty: ids of pictures without
+    object (with several classes: without one labelled pixel). sizes: how many pictures there are of
+    each (H, W). notes: per kind of remark how many pictures it is about, and the id of the first.
+    classes: what each class covers.
     """
 
     images: int = 0
     problems: list[str] = field(default_factory=list)
+    unknown: Unknown = field(default_factory=Unknown)
     empty: list[str] = field(default_factory=list)
     sizes: Counter = field(default_factory=Counter)
     foreground_sum: float = 0.0
-    foreground: str = "above"
+    foreground: str = ""  # the side that --foreground says; "" where a coding fixes it
     notes: dict[str, tuple[int, str]] = field(default_factory=dict)
+    classes: ClassShares = field(default_factory=ClassShares)
 
     @classmethod
     def merge(cls, reports: Iterable[ScanReport]) -> ScanReport:
@@ -44,6 +53,8 @@ class ScanReport:
         for report in reports:
             total.images += report.images
             total.problems += report.problems
+            total.unknown += report.unknown
+            total.classes += report.classes
             total.empty += report.empty
             total.sizes += report.sizes
             total.foreground_sum += report.foreground_sum
@@ -69,11 +80,12 @@ class ScanReport:
             for kind, (count, first) in self.notes.items()
         ]
         if self.empty:
+            what = "have no labelled pixel" if self.classes.number > 1 else "show no object"
             lines.append(
-                f"{len(self.empty)} of {self.images} images show no object (for example "
-                f"{self.empty[0]})"
+                f"{len(self.empty)} of {self.images} images {what} (for example {self.empty[0]})"
             )
-        if self.foreground_fraction > _MOSTLY_FOREGROUND:
+        lines += self.classes.remarks(self.images)
+        if self.foreground and self.foreground_fraction > _MOSTLY_FOREGROUND:
             other = "below" if self.foreground == "above" else "above"
             lines.append(
                 f"the object covers {self.foreground_fraction:.0%} of the images on average: did "
@@ -83,11 +95,13 @@ class ScanReport:
 
     def raise_problems(self) -> None:
         """Raise one UserError with all problems, if there are any."""
-        if not self.problems:
-            return
         lines = self.problems[:_LISTED_PROBLEMS]
         if more := len(self.problems) - len(lines):
             lines.append(f"and {more} more like these")
+        if self.unknown.files:
+            lines.insert(0, self.unknown.line(self.images + len(self.problems)))
+        if not lines:
+            return
         raise UserError("\n".join(lines))
 
     def without_empty(self, pairs: list[Pair]) -> list[Pair]:
@@ -109,6 +123,8 @@ def scan_pairs(
     """
     if read.intensity_range != "auto":
         parse_range(read.intensity_range)
+    coding_of(read)  # flags that contradict each other are said once, not per file
+    class_names(read)
     reports = []
     # Decoding leaves the interpreter lock, so threads are enough, and nothing has to be copied.
     with ThreadPoolExecutor(max_workers=min(8, cores_per_process())) as pool:
@@ -120,20 +136,26 @@ def scan_pairs(
 
 
 def _scan(pair: Pair, read: ReadOptions, frame_size: Size) -> ScanReport:
+    side = "" if read.num_classes > 1 or coding_of(read) else read.foreground
     try:
         sample, notes = read_sample(pair, read)
+    except UnknownValues as error:
+        return ScanReport(unknown=Unknown.of(error, str(pair.mask_path)), foreground=side)
     except UserError as error:
-        return ScanReport(problems=[str(error)], foreground=read.foreground)
-    fraction = float((sample.mask == 1).mean())
+        return ScanReport(problems=[str(error)], foreground=side)
+    counts = np.bincount(sample.mask.ravel(), minlength=256)
+    several = read.num_classes > 1
+    fraction = counts[1] / sample.mask.size
     lines = [NOTES[note] for note in notes]
     size = sample.mask.shape
     if frame_size and min(size) * fit_scale(size, frame_size) < 0.5:
         lines.append(_SLIVER)
     return ScanReport(
         images=1,
-        empty=[] if fraction else [pair.id],
+        empty=[] if (counts[:IGNORE].any() if several else fraction) else [pair.id],
         sizes=Counter([size]),
-        foreground_sum=fraction,
-        foreground=read.foreground,
+        foreground_sum=0.0 if several else float(fraction),
+        foreground=side,
         notes=dict.fromkeys(lines, (1, pair.id)),
+        classes=ClassShares.of(counts, read) if several else ClassShares(),
     )

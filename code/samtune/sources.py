@@ -1,0 +1,143 @@
+"""Which pictures a run trains on, validates on and is scored on: folders, lists or data sets."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from typing import NamedTuple
+
+from samtune.config import ReadOptions, TestDataOptions, TrainDataOptions
+from samtune.data.catalog import (
+    find_dataset,
+    find_joined,
+    has_split,
+    locate,
+    names_in,
+    read_options,
+)
+from samtune.data.catalog_rows import DATASETS
+from samtune.data.files import Pair, find_pairs, select
+from samtune.data.lists import listed_pairs
+from samtune.errors import UserError
+
+_FILES = ("image_dir", "mask_dir", "list")
+_KEPT = ("resize",)  # a test set is fitted as the training images were
+_KEPT_OF_OWN = ("mask_threshold", "foreground", "intensity_range")
+
+
+class ScoredSet(NamedTuple):
+    """Pictures to score, and how their files are read. name: of the data set, "" of others."""
+
+    name: str
+    pairs: list[Pair]
+    read: ReadOptions
+
+
+def complete_named(
+    data: TrainDataOptions, test: TestDataOptions, read: ReadOptions
+) -> tuple[TrainDataOptions, TestDataOptions, ReadOptions]:
+    """Fill in what named data sets decide: how files are read, what is scored.
+
+    The result is what a run records, so that scoring needs no flag. Raises UserError for a data set
+    that is unknown or not there, and for flags that contradict it.
+    """
+    if test.test_datasets and not test.test_data_root:
+        test = replace(test, test_data_root=data.data_root)
+    if data.dataset:
+        for flag in (f"{split}_{kind}" for split in ("train", "val") for kind in _FILES):
+            if getattr(data, flag):
+                raise UserError(f"--dataset and --{flag} both say what is trained on; keep one")
+        names = names_in(data.dataset, "+", "--dataset")
+        read = read_options(names, data.data_root, read)
+        if not test.named:
+            scored = [name for name in names if has_split(name, data.data_root, "test")]
+            root = data.data_root if scored else ""
+            test = replace(test, test_datasets=",".join(scored), test_data_root=root)
+    elif data.data_root and not test.test_datasets:
+        raise UserError(f"--data_root {data.data_root}: say with --dataset what it holds")
+    for name in _tested(test):  # now, not after hours of training
+        locate(name, test.test_data_root)
+    return data, test, read
+
+
+def training_pairs(data: TrainDataOptions, read: ReadOptions) -> tuple[list[Pair], list[Pair]]:
+    """The pairs to train on and those to validate on. Raises UserError if they share an image."""
+    if data.dataset:
+        names = names_in(data.dataset, "+", "--dataset")
+        train, val = (
+            find_joined(names, data.data_root, s, data.val_share) for s in ("train", "val")
+        )
+        train = select(train, data.train_slice, "--train_slice")
+        val = select(val, data.val_slice, "--val_slice")
+    else:
+        train, val = (_of_files(split, data, read) for split in ("train", "val"))
+    twice = {pair.image_path for pair in train} & {pair.image_path for pair in val}
+    if twice:
+        raise UserError(
+            f"{len(twice)} images are in training and in validation, {min(map(str, twice))} for "
+            "one; validation would be blind: separate them by folders or by --train_slice, "
+            "--val_slice"
+        )
+    return train, val
+
+
+def scored_set(
+    test: TestDataOptions,
+    read: ReadOptions,
+    own: Collection[str] = (),
+    said: dict | None = None,
+) -> ScoredSet:
+    """The pictures of one test set: of folders, of a list, or of the one data set that is named.
+
+    read: how the run's files are read; folders and lists are read like this. A data set is read as
+    its row says and as flags say (`said`, by name); one that the run was trained on (`own`) keeps a
+    threshold and a range of the run's.
+    Raises UserError if there is nothing, or if it has other classes than the run.
+    """
+    if not test.test_datasets:
+        return ScoredSet("", _of_files("test", test, read), read)
+    (name,) = _tested(test)
+    kept = _KEPT + (_KEPT_OF_OWN if name in own else ())
+    base = {key: getattr(read, key) for key in kept}
+    base |= {key: value for key, value in (said or {}).items() if key in vars(read)}
+    base = read_options([name], test.test_data_root, ReadOptions(**base))
+    if base.num_classes != read.num_classes:
+        raise UserError(
+            f"--test_datasets {name}: it has {base.num_classes} class(es), the run "
+            f"{read.num_classes}"
+        )
+    pairs = find_dataset(name, test.test_data_root, "test")
+    return ScoredSet(name, select(pairs, test.test_slice, "--test_slice"), base)
+
+
+def said_of(data: TrainDataOptions) -> str:
+    """Where the training data is from, for people; of data sets also what their splits are."""
+    if not data.dataset:
+        return data.train_list or data.train_image_dir
+    names = names_in(data.dataset, "+", "--dataset")
+    rows = "".join(f"\n  {DATASETS[name].title}: {DATASETS[name].splits}" for name in names)
+    return f"{data.dataset} ({data.data_root}){rows}"
+
+
+def _tested(test: TestDataOptions) -> list[str]:
+    """The named test sets."""
+    if not test.test_datasets:
+        return []
+    for kind in _FILES:
+        if getattr(test, f"test_{kind}"):
+            raise UserError(f"--test_datasets and --test_{kind} both say what is scored; keep one")
+    return names_in(test.test_datasets, ",", "--test_datasets")
+
+
+def _of_files(split: str, data: TrainDataOptions | TestDataOptions, read: ReadOptions):
+    """The pairs of one split's folders or list; its name is that of the flags."""
+    image_dir, mask_dir, listed = (getattr(data, f"{split}_{kind}") for kind in _FILES)
+    if listed:
+        pairs = listed_pairs(listed, image_dir, mask_dir, f"--{split}_list")
+    else:
+        for kind, folder in (("image", image_dir), ("mask", mask_dir)):
+            if not folder:
+                raise UserError(f"--{split}_{kind}_dir is not set")
+        flags = (f"--{split}_image_dir", f"--{split}_mask_dir")
+        pairs = find_pairs(image_dir, mask_dir, read, flags)
+    return select(pairs, getattr(data, f"{split}_slice"), f"--{split}_slice")
