@@ -47,16 +47,28 @@ MODELS = [
     for backbone in ADAPTERS[name].backbones
     if (backbone, getattr(options, "form", "")) != ("tiny_vit", "spatial")  # which is refused
 ]
+# A mask decoder for classes starts anew, so it cannot stay frozen.
+SEVERAL = [
+    model
+    for model in MODELS
+    if ADAPTERS[model.values[1]].several_classes
+    and not getattr(model.values[2], "freeze_decoder", False)
+]
 CASES = [
-    pytest.param(*model.values, prompt, id=f"{model.id}-{prompt}")
+    pytest.param(*model.values, prompt, 1, id=f"{model.id}-{prompt}")
     for model in MODELS
     for prompt in ADAPTERS[model.values[1]].prompts
-]
+] + [pytest.param(*model.values, "none", 3, id=f"{model.id}-classes") for model in SEVERAL]
 # What an adapter leaves out of SAM; the others leave out nothing.
 LEFT_OUT = {
     "ts_sam": ("prompt_encoder.", "mask_decoder."),
     "gsam": ("image_encoder.pos_embed",),
 }
+# What starts anew where the decoder answers with a mask per class.
+ANEW = tuple(
+    f"mask_decoder.{part}."
+    for part in ("mask_tokens", "output_hypernetworks_mlps", "iou_prediction_head")
+)
 # Training begins at SAM itself.
 SILENT = [
     model
@@ -87,9 +99,10 @@ def asked_of(model_type: str, name: str, **changes) -> ModelOptions:
     return ModelOptions(**{"model_type": model_type, "adapter": name, "image_size": 64} | changes)
 
 
-def build(checkpoint, model_type, name, options, prompt, seed=1, **changes):
+def build(checkpoint, model_type, name, options, prompt, num_classes=1, seed=1, **changes):
     model_options = asked_of(model_type, name, **changes)
-    return build_model(model_options, options, prompt, checkpoint(model_type), seed)
+    base = checkpoint(model_type)
+    return build_model(model_options, options, prompt, base, seed, num_classes)
 
 
 def stir(model: torch.nn.Module) -> None:
@@ -118,6 +131,11 @@ def resized_by(model_type: str, name: str) -> set[str]:
     return {f"image_encoder.blocks.1.attn.rel_pos_{axis}" for axis in "hw"}
 
 
+def everything(model) -> dict[str, torch.Tensor]:
+    """Parameters and buffers, also those that are not saved."""
+    return dict([*model.named_parameters(), *model.named_buffers()])
+
+
 def moving_buffers(model) -> set[str]:
     """The statistics of what trains."""
     return {
@@ -135,56 +153,64 @@ def ask(prompt: str) -> tuple[torch.Tensor, Prompts]:
     return image, Prompts(boxes=boxes if prompt == "box" else None)
 
 
-@pytest.mark.parametrize(("model_type", "name", "options", "prompt"), CASES)
+@pytest.mark.parametrize(("model_type", "name", "options", "prompt", "num_classes"), CASES)
 @pytest.mark.parametrize("train", ["adapter", "prompt_encoder", "all"])
-def test_what_trains_and_what_does_not(checkpoint, model_type, name, options, prompt, train):
+def test_what_trains_and_what_does_not(
+    checkpoint, model_type, name, options, prompt, num_classes, train
+):
     """Each trainable parameter gets a gradient, and a step changes nothing else."""
     if (name, train) == ("ts_sam", "prompt_encoder"):  # which it does not have
         return
-    model = build(checkpoint, model_type, name, options, prompt, train=train).train()
+    model = build(checkpoint, model_type, name, options, prompt, num_classes, train=train).train()
     stir(model)
     image, prompts = ask(prompt)
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    before = {n: t.clone() for n, t in model.state_dict().items()}
+    before = {n: t.clone() for n, t in everything(model).items()}
     prediction = model(image, prompts, torch.tensor([[64, 64], [40, 64]]))
-    assert prediction.logits.shape == (2, 1, logits_side(name, 64), logits_side(name, 64))
+    side = logits_side(name, 64)
+    assert prediction.logits.shape == (2, num_classes, side, side)
     loss_of(prediction).backward()
 
     without = {n for n, p in model.named_parameters() if p.grad is None}
     assert without.isdisjoint(trainable), "distributed training would fail"
     assert without | trainable.keys() == {n for n, _ in model.named_parameters()}
     torch.optim.AdamW(trainable.values(), lr=0.01).step()
-    changed = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
+    changed = {n for n, t in everything(model).items() if not torch.equal(t, before[n])}
     assert changed == trainable.keys() | moving_buffers(model)
 
 
-@pytest.mark.parametrize(("model_type", "name", "options", "prompt"), CASES)
-def test_names_and_counts_of_the_base_stay(checkpoint, model_type, name, options, prompt):
+@pytest.mark.parametrize(("model_type", "name", "options", "prompt", "num_classes"), CASES)
+def test_names_and_counts_of_the_base_stay(
+    checkpoint, model_type, name, options, prompt, num_classes
+):
     """What the base checkpoint brought is still there under its name, with its value."""
-    model = build(checkpoint, model_type, name, options, prompt)
+    model = build(checkpoint, model_type, name, options, prompt, num_classes)
     base, state = torch.load(checkpoint(model_type), weights_only=True), model.state_dict()
     left_out = {key for key in base if key.startswith(LEFT_OUT.get(name, ("no such part",)))}
-    kept, resized = base.keys() - left_out, resized_by(model_type, name)
+    anew = {key for key in base if num_classes > 1 and key.startswith(ANEW)}
+    kept, resized = base.keys() - left_out - anew, resized_by(model_type, name)
     assert all(torch.equal(state[key], base[key]) for key in kept - resized)
     assert model.base_keys | model.own_keys == kept
-    assert set(model.load_report.loaded) == kept - resized
-    assert set(model.load_report.resized) == resized
-    assert set(model.load_report.new) == state.keys() - kept
-    assert set(model.load_report.unused) == left_out
+    report = model.load_report
+    assert set(report.loaded) == kept - resized
+    assert set(report.resized) == resized
+    assert set(report.reset) == anew & state.keys()
+    assert set(report.new) == state.keys() - kept - anew
+    assert set(report.unused) == left_out | anew - state.keys()
 
 
-@pytest.mark.parametrize(("model_type", "name", "options", "prompt"), CASES)
+@pytest.mark.parametrize(("model_type", "name", "options", "prompt", "num_classes"), CASES)
 def test_what_was_tuned_comes_back_bit_for_bit(
-    checkpoint, tmp_path, model_type, name, options, prompt
+    checkpoint, tmp_path, model_type, name, options, prompt, num_classes
 ):
     """The file holds what trains and its statistics, by names that do not depend on the seed."""
-    model = build(checkpoint, model_type, name, options, prompt).train()
+    model = build(checkpoint, model_type, name, options, prompt, num_classes).train()
     stir(model)
     image, prompts = ask(prompt)
     loss_of(model(image, prompts)).backward()
     torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01).step()
     save_adapted(tmp_path / "best.safetensors", model, {})
-    other = build(checkpoint, model_type, name, options, prompt, seed=2)
+    other = build(checkpoint, model_type, name, options, prompt, num_classes, seed=2)
     loaded = load_adapted(other, tmp_path / "best.safetensors")
     trains = {n for n, p in model.named_parameters() if p.requires_grad}
     state = model.state_dict()
@@ -194,9 +220,9 @@ def test_what_was_tuned_comes_back_bit_for_bit(
         assert torch.equal(other(image, prompts).logits, model.eval()(image, prompts).logits)
 
 
-@pytest.mark.parametrize(("model_type", "name", "options", "prompt"), CASES)
-def test_forward_in_bf16_is_finite(checkpoint, model_type, name, options, prompt):
-    model = build(checkpoint, model_type, name, options, prompt).train()
+@pytest.mark.parametrize(("model_type", "name", "options", "prompt", "num_classes"), CASES)
+def test_forward_in_bf16_is_finite(checkpoint, model_type, name, options, prompt, num_classes):
+    model = build(checkpoint, model_type, name, options, prompt, num_classes).train()
     image, prompts = ask(prompt)
     with torch.autocast("cpu", torch.bfloat16):
         prediction = model(image, prompts)
@@ -204,6 +230,42 @@ def test_forward_in_bf16_is_finite(checkpoint, model_type, name, options, prompt
     assert prediction.logits.isfinite().all()
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert gradients and all(g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_foreign_file_is_refused(checkpoint, tmp_path, name):
+    """That of any other adapter, and one for another number of classes."""
+    own = dict(VARIANTS[: len(ADAPTERS)])
+    path = tmp_path / "best.safetensors"
+    save_adapted(path, build(checkpoint, "tiny", name, own[name], "none"), {})
+    others = [build(checkpoint, "tiny", n, own[n], "none") for n in ADAPTERS if n != name]
+    if ADAPTERS[name].several_classes:
+        others.append(build(checkpoint, "tiny", name, own[name], "none", num_classes=3))
+    for other in others:
+        before = {n: t.clone() for n, t in other.state_dict().items()}
+        with pytest.raises(UserError, match=r"best\.safetensors does not fit this model"):
+            load_adapted(other, path)
+        assert all(torch.equal(t, before[n]) for n, t in other.state_dict().items())
+
+
+@pytest.mark.parametrize(("model_type", "name", "options", "prompt", "num_classes"), CASES)
+def test_accumulation_is_a_larger_batch(checkpoint, model_type, name, options, prompt, num_classes):
+    """No image knows of its neighbours (but through a BatchNorm, whose statistics rest here)."""
+    model = build(checkpoint, model_type, name, options, prompt, num_classes).double()
+    stir(model)
+    image, prompts = ask(prompt)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+
+    def gradients(rows: slice):
+        boxes = None if prompts.boxes is None else prompts.boxes[rows]
+        logits = model(image[rows], Prompts(boxes=boxes)).logits
+        # What serves training alone (the noise of a gate) has no gradient here: it counts as zero.
+        return torch.autograd.grad(logits.square().sum(), trainable, materialize_grads=True)
+
+    one, two, both = (gradients(rows) for rows in (slice(0, 1), slice(1, 2), slice(0, 2)))
+    largest = max(gradient.abs().max().item() for gradient in both)
+    for first, second, joined in zip(one, two, both, strict=True):
+        torch.testing.assert_close(first + second, joined, rtol=1e-6, atol=1e-12 * largest)
 
 
 @pytest.mark.parametrize(("model_type", "name", "options"), MODELS)
