@@ -25,7 +25,8 @@ from samtune.config import (
 )
 from samtune.data.files import Pair
 from samtune.data.images import read_image
-from samtune.data.masks import read_mask
+from samtune.data.objects import EVERYTHING, target_of
+from samtune.data.samples import read_sample
 from samtune.engine import distributed
 from samtune.engine.checkpoint import read_metadata
 from samtune.engine.distributed import Process
@@ -53,7 +54,7 @@ from samtune.pipeline import (
     validation_scores,
 )
 from samtune.run_folder import RunFolder, newest
-from samtune.structures import Batch, Prediction
+from samtune.structures import Batch, Prediction, Sample
 from samtune.trained import load_trained, load_untuned, options_of, trained_file
 
 EXAMPLES = 6  # pictures on the sheet
@@ -81,7 +82,7 @@ def run(config: EvaluateConfig, process: Process) -> dict:
         logbook.say("SAM itself cannot take frames of this size, so it is not scored beside")
     report = check_pairs("test", pairs, read, models["tuned"].image_size, process, logbook)
     with distributed.together():
-        asked = usable("test", pairs, report, prompts, logbook)
+        asked = usable("test", pairs, report, read, prompts, logbook)
 
     image_size = models["tuned"].image_size
     loader = evaluation_loader(asked, read, prompts, image_size, config.loader, process)
@@ -95,14 +96,15 @@ def run(config: EvaluateConfig, process: Process) -> dict:
     pictures = Pictures(folder, by_id, shown, draw)
     for name, model in models.items():
         evaluator = Evaluator(
-            model.to(process.device), [loss.scores, *scorers], process, wanted.precision, counter
+            model.to(process.device), [loss.scores, *scorers], process, wanted.precision, counter,
+            config.loader.decode_rows,
         )  # fmt: skip
         keep_all = wanted.save_predictions and name == "tuned"
         with logbook.progress(len(loader), f"scoring {name}") as bar:
             results[name] = evaluator.run(
                 loader, bar.update, lambda p, b, n=name, k=keep_all: pictures.take(n, p, b, k)
             )
-    if prompts.prompt == "box":
+    if results["tuned"].prompt.startswith(("box", "whole")):
         evaluator = Evaluator(None, [filled_box], process, "fp32")
         results["box_filled"] = evaluator.run(loader)
     if counter:
@@ -114,6 +116,7 @@ def run(config: EvaluateConfig, process: Process) -> dict:
         "images": len(asked),
         "skipped_empty": len(pairs) - len(asked),
         "prompt": prompts.prompt,
+        "told": results["tuned"].prompt,
         "box_scale": prompts.box_scale,
         "run": str(file),
         **{k: metadata["config"][k] for k in ("adapter", "model_type", "train")},
@@ -143,14 +146,15 @@ class Drawing:
     """How answers become masks and pictures.
 
     masks: (R, C, h, w) logits with their batch -> (R, canvas) uint8. truth: (image, true mask) ->
-    RGB. answer: (image, mask, true mask, box or None) -> RGB. write: a mask into a PNG. read_truth:
-    a mask file -> (H, W) uint8.
+    RGB. answer: (image, mask, true mask, box or None) -> RGB. write: a mask into a PNG. shown: what
+    a sample's mask shows, as `masks` would. read: how files are read.
     """
 
     masks: Callable[[Prediction, Batch], Tensor]
     truth: Callable
     answer: Callable
     write: Callable[[Path, np.ndarray], None]
+    shown: Callable[[Sample], np.ndarray]
     read: ReadOptions
 
 
@@ -161,8 +165,14 @@ def draw_object(read: ReadOptions) -> Drawing:
         logits = batch.frames.restore(prediction.logits, batch.prompts.image_index)
         return (logits[:, 0] > 0).to(torch.uint8)
 
+    everything = replace(read, objects="mask")
     return Drawing(
-        masks, truth_picture, overlay, lambda path, mask: write_png(path, mask * 255), read
+        masks,
+        truth_picture,
+        overlay,
+        lambda path, mask: write_png(path, mask * 255),
+        lambda sample: target_of(sample, EVERYTHING, everything),
+        read,
     )
 
 
@@ -180,6 +190,7 @@ def draw_classes(read: ReadOptions) -> Drawing:
         lambda image, truth: paint_classes(image, truth, colours),
         lambda image, mask, truth, box: paint_classes(image, mask, colours),
         lambda path, mask: write_classes(path, mask, colours),
+        lambda sample: sample.mask,
         read,
     )
 
@@ -198,18 +209,24 @@ class Pictures:
             return
         masks = self.draw.masks(prediction, batch).cpu().numpy()
         boxes = original_boxes(batch)
-        for row, (key, (height, width)) in enumerate(
-            zip(batch.ids, batch.frames.original_size.tolist(), strict=True)
-        ):
+        sizes, images = batch.frames.original_size.tolist(), batch.image_of_row
+        for row, image in enumerate(images):
+            key, (height, width) = batch.ids[image], sizes[image]
             mask = masks[row, :height, :width]
             box = boxes[row].tolist() if boxes is not None else None
             if key in self.shown:
-                self.masks.setdefault(key, {})[name] = mask
-                self.boxes[key] = box
+                self._keep(name, key, mask, box if images.count(image) == 1 else None)
             if keep_all:
+                file = f"{batch.row_names[row]}.png"
                 picture = self.draw.answer(self._image(key), mask, self._truth(key), box)
-                self.draw.write(self.folder.predictions / "masks" / f"{key}.png", mask)
-                write_png(self.folder.predictions / "overlays" / f"{key}.png", picture)
+                self.draw.write(self.folder.predictions / "masks" / file, mask)
+                write_png(self.folder.predictions / "overlays" / file, picture)
+
+    def _keep(self, name: str, key: str, mask: np.ndarray, box: list[float] | None) -> None:
+        """For the sheet: what the rows of an image show together."""
+        seen = self.masks.setdefault(key, {})
+        seen[name] = np.maximum(mask, seen.get(name, 0))
+        self.boxes[key] = box
 
     def write_sheet(self, names: list[str]) -> None:
         """On rank 0, write examples.png: image with truth, then each model's answer, per image."""
@@ -230,7 +247,7 @@ class Pictures:
         return read_image(self.pairs[key].image_path, self.draw.read)
 
     def _truth(self, key: str) -> np.ndarray:
-        return read_mask(self.pairs[key].mask_path, self.draw.read)
+        return self.draw.shown(read_sample(self.pairs[key], self.draw.read).sample)
 
 
 def _plain(values: list[float]) -> list[float | None]:
@@ -279,7 +296,9 @@ def _write_table(path: Path, results: dict[str, Evaluation]) -> None:
 def _format(results: dict[str, Evaluation], scores: dict) -> str:
     """The table that people read."""
     names = list(next(iter(results.values())).scores)
-    told = "the box of the true mask" if scores["prompt"] == "box" else "nothing"
+    told = {"box": "the box of the true mask", "none": "nothing"}.get(
+        scores["told"], scores["told"]
+    )
     lines = [f"{scores['images']} test images, prompt: {told}"]
     lines.append(f"{'':12}" + "".join(f"{name:>10}" for name in names))
     for label, result in results.items():

@@ -77,7 +77,7 @@ def test_targets_in_the_frame(pairs):
     batch = collate([dataset[SampleKey(0, i)] for i in (0, 1)])
     assert batch.target.shape == (2, 64, 64)
     item = dataset_of(pairs)[SampleKey(0, 1)]
-    assert (batch.target[1].numpy() == fit_mask(item.target, item.frame, 64)).all()
+    assert (batch.target[1].numpy() == fit_mask(item.rows[0].target, item.frame, 64)).all()
 
 
 def test_without_prompt_there_is_no_box(pairs):
@@ -128,13 +128,13 @@ def test_the_worker_makes_image_and_box(pairs):
 def test_jitter_is_for_training_and_follows_the_key(pairs):
     prompt = PromptOptions(box_jitter=0.1)
     train, val = dataset_of(pairs, prompt, train=True), dataset_of(pairs, prompt)
-    plain = dataset_of(pairs)[SampleKey(0, 0)].box
-    boxes = [train[SampleKey(epoch, 0)].box for epoch in range(4)]
-    assert (val[SampleKey(2, 0)].box == plain).all()
+    plain = dataset_of(pairs)[SampleKey(0, 0)].rows[0].prompt.box
+    boxes = [train[SampleKey(epoch, 0)].rows[0].prompt.box for epoch in range(4)]
+    assert (val[SampleKey(2, 0)].rows[0].prompt.box == plain).all()
     assert all((box != plain).any() for box in boxes) and len(set(map(tuple, boxes))) == 4
-    assert (train[SampleKey(2, 0)].box == boxes[2]).all()
+    assert (train[SampleKey(2, 0)].rows[0].prompt.box == boxes[2]).all()
     other_seed = dataset_of(pairs, prompt, train=True, seed=1)
-    assert (other_seed[SampleKey(2, 0)].box != boxes[2]).any()
+    assert (other_seed[SampleKey(2, 0)].rows[0].prompt.box != boxes[2]).any()
 
 
 def test_the_policy_for_images_without_object(tmp_path):
@@ -144,8 +144,8 @@ def test_the_policy_for_images_without_object(tmp_path):
         dataset_of([pair])[SampleKey(0, 0)]
     item = dataset_of([pair], PromptOptions(empty_masks="whole"))[SampleKey(0, 0)]
     corners = item.frame.scale_xy([[0, 0], [59, 39]]).ravel()
-    assert item.box.tolist() == np.float32(corners).tolist()
-    assert dataset_of([pair], NONE)[SampleKey(0, 0)].box is None
+    assert item.rows[0].prompt.box.tolist() == np.float32(corners).tolist()
+    assert dataset_of([pair], NONE)[SampleKey(0, 0)].rows[0].prompt.box is None
 
 
 def test_fillers_carry_weight_zero(pairs):

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-_PURPOSES = ("order", "augment", "jitter")  # each has a stream of its own
+_PURPOSES = ("order", "augment", "jitter", "objects", "prompt")  # each has a stream of its own
 
 
 def stream(purpose: str, words: Iterable[int]) -> np.random.SeedSequence:

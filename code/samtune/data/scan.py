@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from samtune.config import ReadOptions
+from samtune.config import PromptOptions, ReadOptions
 from samtune.data.files import Pair
 from samtune.data.images import parse_range
 from samtune.data.loading import cores_per_process
+from samtune.data.objects import foreground, settle_objects, things_of
 from samtune.data.samples import NOTES, read_sample
 from samtune.errors import UserError
 
@@ -122,14 +123,15 @@ def _scan(pair: Pair, read: ReadOptions, image_size: int) -> ScanReport:
         sample, notes = read_sample(pair, read)
     except UserError as error:
         return ScanReport(problems=[str(error)], foreground=read.foreground)
-    fraction = float((sample.mask == 1).mean())
+    asked = settle_objects(read, PromptOptions())  # as under a prompt: else nothing is left out
+    fraction = float(foreground(sample.mask, read).mean()) if read.num_classes < 2 else 0.0
     lines = [NOTES[note] for note in notes]
     size = sample.mask.shape
     if image_size and max(size) > 2 * image_size * min(size):
         lines.append(_SLIVER)
     return ScanReport(
         images=1,
-        empty=[] if fraction else [pair.id],
+        empty=[] if things_of(sample, asked) else [pair.id],
         sizes=Counter([size]),
         foreground_sum=fraction,
         foreground=read.foreground,

@@ -37,10 +37,12 @@ def augment(sample: Sample, name: str, seed: int | Sequence[int]) -> Sample:
         np.random.default_rng(seeds),
         random.Random(int.from_bytes(seeds.generate_state(4).tobytes(), "little")),
     )
-    variant = transform(image=sample.image, mask=sample.mask)
+    layers = {"masks": list(sample.layers)} if sample.layers else {}
+    variant = transform(image=sample.image, mask=sample.mask, **layers)
     if _shows_object(sample.mask) and not _shows_object(variant["mask"]):
         return sample
-    return replace(sample, image=variant["image"], mask=variant["mask"])
+    layers = tuple(variant["masks"]) if sample.layers else ()
+    return replace(sample, image=variant["image"], mask=variant["mask"], layers=layers)
 
 
 def _shows_object(mask: np.ndarray) -> bool:
