@@ -50,7 +50,8 @@ MODELS = [
 CASES = [
     pytest.param(*model.values, prompt, id=f"{model.id}-{prompt}")
     for model in MODELS
-    for prompt in ADAPTERS[model.values[1]].prompts
+    for prompt in ("box", "none")  # the others differ in the prompt encoder only
+    if prompt in ADAPTERS[model.values[1]].prompts
 ]
 # What an adapter leaves out of SAM; the others leave out nothing.
 LEFT_OUT = {
