@@ -77,7 +77,7 @@ def batch_of(pairs, prompt, *indices, train=True) -> Batch:
 def gradients_after(batches, count) -> dict:
     """Gradients of one optimizer step over these micro-batches; the parameters do not move."""
     model = distributed.wrap(build(), ALONE).train()
-    optimizer = build_optimizer(model, OptimOptions(lr=0.0))
+    optimizer = build_optimizer(model, OptimOptions(lr=1e-30))
     seen = {}
     optimizer.register_step_pre_hook(
         lambda *_: seen.update({n: p.grad.clone() for n, p in model.named_parameters()
@@ -91,13 +91,11 @@ def gradients_after(batches, count) -> dict:
 
 
 @pytest.mark.parametrize(
-    "prompt", [PromptOptions(), PromptOptions("mixed", refine_steps=1)], ids=["box", "mixed"]
+    "prompt", [PromptOptions(), PromptOptions("mixed", refine_steps=1)], ids=lambda p: p.prompt
 )
 @pytest.mark.usefixtures("tiny")
 def test_a_step_is_the_mean_over_images_however_they_are_batched(pairs, prompt):
     """An image with three objects counts as much as one with one, in one batch or in three."""
-    if prompt.prompt == "mixed":  # padding is attended to: only equal lengths are comparable
-        prompt = PromptOptions("points", num_points=2, refine_steps=1)
     one_by_one = [gradients_after([batch_of(pairs, prompt, i)], 1) for i in range(3)]
     joined = gradients_after([batch_of(pairs, prompt, 0, 1, 2)], 3)
     uneven = gradients_after([batch_of(pairs, prompt, 2, 0), batch_of(pairs, prompt, 1)], 3)
@@ -143,7 +141,7 @@ def test_scores_do_not_depend_on_how_many_rows_are_decoded_at_once(pairs, prompt
     for result in results:
         assert [row["id"] for row in result.rows] == names
         for row, expected in zip(result.rows, results[0].rows, strict=True):
-            assert row == pytest.approx(expected, rel=1e-4)
+            assert all(row[n] == pytest.approx(expected[n], rel=1e-4) for n in row if n != "id")
     assert results[0].scores["loss"] == pytest.approx(
         sum(row["loss"] for row in results[0].rows) / 6
     ), "scoring means over questions"

@@ -164,9 +164,9 @@ class Prompts(NamedTuple):
     (1 foreground, 0 background, -1 padding). image_index: (R,) int64, the image of each row; None
     when row r asks about image r. masks: (R, 1, h, w) float32 logits of a mask in the frame, on any
     grid (SAM's own is four times that of the features); mask_given: (R,) bool, which rows have one;
-    None: all. complete: the points are all tokens there are, box corners (labels 2 near, 3 far)
-    and padding among them, so that rows of different kinds share a batch. corrections: who asks
-    again.
+    None: all. lengths: where rows of different kinds share a batch, how many of its points, from
+    the last one backwards, row r has, in rising order; then they are all tokens there are, box
+    corners (labels 2 near, 3 far) and SAM's padding among them. corrections: who asks again.
     """
 
     boxes: Tensor | None = None
@@ -175,12 +175,21 @@ class Prompts(NamedTuple):
     image_index: Tensor | None = None
     masks: Tensor | None = None
     mask_given: Tensor | None = None
-    complete: bool = False
+    lengths: tuple[int, ...] | None = None
     corrections: Corrections | None = None
 
     def rows(self, rows: slice) -> Prompts:
         """Some of the rows. `image_index` must be there."""
-        return _map_tensors(self, lambda tensor: tensor[rows])
+        lengths = self.lengths and self.lengths[rows]
+        return _map_tensors(self, lambda tensor: tensor[rows])._replace(lengths=lengths)
+
+    def runs(self, rows: int) -> list[tuple[slice, int | None]]:
+        """Runs of rows with equally many tokens, and how many; (all, None) where all are equal."""
+        if self.lengths is None:
+            return [(slice(0, rows), None)]
+        ends = [i for i in range(1, rows) if self.lengths[i] != self.lengths[i - 1]] + [rows]
+        starts = [0, *ends[:-1]]
+        return [(slice(a, b), self.lengths[a]) for a, b in zip(starts, ends, strict=True)]
 
 
 class Prediction(NamedTuple):

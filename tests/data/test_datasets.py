@@ -285,3 +285,18 @@ def test_small_parts_leave_an_image_with_nothing_to_ask(many):
     for least in (1, 166, 211, 256):
         read = ReadOptions(num_classes=5, objects="component", min_area=least)
         assert scan_pairs(many, read).empty == [n for n, area in areas.items() if area < least]
+
+
+def test_rows_of_several_kinds_are_sorted_by_their_tokens(many):
+    dataset = ragged(many, prompt=PromptOptions("mixed"), train=True)
+    items = [dataset[SampleKey(0, i)] for i in range(3)]
+    batch = collate(items)
+    lengths = batch.prompts.lengths
+    assert list(lengths) == sorted(lengths) and len(set(lengths)) > 1
+    for name, image, target, weight in zip(
+        batch.row_names, batch.image_of_row, batch.target, batch.weight, strict=True
+    ):
+        item = items[image]
+        (row,) = (row for row in item.rows if row.name == name)
+        assert np.array_equal(target, row.target)
+        assert weight == pytest.approx(1 / len(item.rows))

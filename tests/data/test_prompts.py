@@ -168,7 +168,7 @@ def test_each_kind_has_its_parts(kind, parts, train):
     again = prompt_of(kind, train=train, num_points=3)
     assert all(np.array_equal(array, getattr(again, name)) for name, array in arrays.items())
     collated = collate_prompts([prompt, again])
-    assert not collated.complete and collated.mask_given is None
+    assert collated.lengths is None and collated.mask_given is None
     for name, ours in (("box", "boxes"), ("labels", "point_labels"), ("mask", "masks")):
         tensor = getattr(collated, ours)
         assert tensor.shape == (2, *parts[name]) if name in parts else tensor is None
@@ -197,10 +197,11 @@ def test_mixed_rows_have_the_tokens_of_their_kind():
         (2, 3, False), (1, -1, False), (1, 0, 1, -1, False), (1, 0, 1, 2, 3, False), (True,),
     }  # fmt: skip
     batch = collate_prompts(prompts)
-    assert batch.complete and batch.boxes is None and batch.points.shape == (60, 5, 2)
+    assert batch.boxes is None and batch.points.shape == (60, 5, 2)
+    assert batch.lengths == tuple(len(prompt.labels) for prompt in prompts)
     assert batch.mask_given.tolist() == [bool(p.mask.any()) for p in prompts]
     for row, prompt in zip(batch.point_labels, prompts, strict=True):
-        assert row.tolist() == prompt.labels.tolist() + [-1] * (5 - len(prompt.labels))
+        assert row.tolist() == [-1] * (5 - len(prompt.labels)) + prompt.labels.tolist()
     assert prompt_of("mixed", train=False).box is not None, "in scoring it is the box"
 
 

@@ -27,24 +27,36 @@ def stock(sam, features, points=None, box=None, mask=None):
 
 @torch.no_grad()
 def test_rows_of_every_kind_share_a_batch(sam):
-    """A box, a point and a box with a mask: two tokens each, so none is padded beyond stock."""
+    """A mask, a box, a point, and a box with a point and a mask: each as if it were alone."""
     features = torch.randn(2, 32, 4, 4)
     mask = torch.randn(1, 1, 16, 16)
     box, point = torch.tensor([[3.0, 5, 40, 30]]), torch.tensor([[[20.0, 9]]])
-    tokens = torch.cat([box.view(1, 2, 2), torch.cat([point, torch.zeros(1, 1, 2)], 1)])[[0, 1, 0]]
+    near, far, click, nothing = *box.view(2, 2), point[0, 0], torch.zeros(2)
+    tokens = [
+        [nothing, nothing, nothing],
+        [nothing, near, far],
+        [nothing, click, nothing],
+        [click, near, far],
+    ]
     prompts = Prompts(
-        points=tokens,
-        point_labels=torch.tensor([[2, 3], [1, -1], [2, 3]]),
-        image_index=torch.tensor([1, 0, 0]),
-        masks=mask.expand(3, -1, -1, -1),
-        mask_given=torch.tensor([False, False, True]),
-        complete=True,
+        points=torch.stack([torch.stack(row) for row in tokens]),
+        point_labels=torch.tensor([[-1, -1, -1], [-1, 2, 3], [-1, 1, -1], [1, 2, 3]]),
+        image_index=torch.tensor([1, 1, 0, 0]),
+        masks=mask.expand(4, -1, -1, -1),
+        mask_given=torch.tensor([True, False, False, True]),
+        lengths=(0, 2, 2, 3),
     )
+    told, (zero, one) = (point, torch.ones(1, 1)), (features[:1], features[1:])
+    expected = [
+        stock(sam, one, mask=mask),
+        stock(sam, one, box=box),
+        stock(sam, zero, told),
+        stock(sam, zero, told, box, mask),
+    ]
     answers = PromptedSam(sam).decode(features, prompts).logits
-    one = torch.ones(1, 1)
-    assert torch.allclose(answers[:1], stock(sam, features[1:], box=box), atol=1e-5)
-    assert torch.allclose(answers[1:2], stock(sam, features[:1], (point, one)), atol=1e-5)
-    assert torch.allclose(answers[2:], stock(sam, features[:1], box=box, mask=mask), atol=1e-5)
+    assert torch.allclose(answers, torch.cat(expected), atol=1e-5)
+    part = PromptedSam(sam).decode(features, prompts.rows(slice(2, 4))).logits
+    assert torch.allclose(part, answers[2:], atol=1e-5)
 
 
 @torch.no_grad()
@@ -64,4 +76,4 @@ def test_some_of_the_rows(sam):
     prompts = Prompts(boxes=torch.arange(12.0).view(3, 4), image_index=torch.tensor([0, 0, 1]))
     part = prompts.rows(slice(1, 3))
     assert part.boxes.tolist() == prompts.boxes[1:].tolist()
-    assert part.image_index.tolist() == [0, 1] and part.points is None and not part.complete
+    assert part.image_index.tolist() == [0, 1] and part.points is None

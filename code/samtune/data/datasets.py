@@ -154,16 +154,18 @@ class SegmentationDataset(torch.utils.data.Dataset):
 def collate(items: Sequence[Item]) -> Batch:
     """One batch; pictures of different sizes share a canvas that is `IGNORE` outside of each.
 
-    Its rows are those of the first item, then those of the second, and so on.
+    Its rows are those of the first item, then those of the second, and so on; but where prompts of
+    several kinds share the batch, those with fewer tokens come first.
     """
-    rows = [row for item in items for row in item.rows]
+    asked = [(i, row) for i, item in enumerate(items) for row in item.rows]
+    asked.sort(key=lambda pair: pair[1].prompt.tokens)
+    rows, owners = [row for _, row in asked], [items[i] for i, _ in asked]
     image = torch.from_numpy(np.stack([item.image for item in items]))  # (B, S, S, 3)
     prompts = collate_prompts([row.prompt for row in rows])
-    if len(rows) > len(items):
-        counts = torch.tensor([len(item.rows) for item in items])
-        index = torch.arange(len(items)).repeat_interleave(counts)
-        prompts = prompts._replace(image_index=index)
-    weights = [item.weight / len(item.rows) for item in items for _ in item.rows]
+    index = [i for i, _ in asked]
+    if index != list(range(len(items))):
+        prompts = prompts._replace(image_index=torch.tensor(index))
+    weights = [item.weight / len(item.rows) for item in owners]
     return Batch(
         image=image.permute(0, 3, 1, 2).contiguous(),  # (B, 3, S, S)
         target=torch.from_numpy(_stack_on_canvas([row.target for row in rows])),

@@ -41,8 +41,8 @@ class RowPrompt(NamedTuple):
 
     box: (4,) float32. points: (N, 2) float32 with labels (N,) int64. mask: (1, h, w) float32
     logits, h x w a quarter of the frame. truth: (h, w) uint8, what a user who corrects wants to
-    see, in so many clicks; seed: from which these are drawn, None for none drawn. complete: see
-    `Prompts`.
+    see, in so many clicks; seed: from which these are drawn, None for none drawn. mixed: rows of
+    other kinds share the batch, so the points are all tokens (see `Prompts.lengths`).
     """
 
     box: np.ndarray | None = None
@@ -52,7 +52,12 @@ class RowPrompt(NamedTuple):
     truth: np.ndarray | None = None
     clicks: int = 0
     seed: int | None = None
-    complete: bool = False
+    mixed: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens a row has of its own, where rows of several kinds share a batch."""
+        return len(self.labels) if self.mixed else 0
 
 
 def prompts_to_score(names: str, trained: PromptOptions) -> dict[str, PromptOptions]:
@@ -109,10 +114,10 @@ def make_prompt(
     if options.refine_steps:
         truth = shown_on_grid(target, frame, frame_size)
         seed = int(rng.integers(2**32)) if train else None
-    if complete := train and options.prompt == "mixed":
+    if mixed := train and options.prompt == "mixed":
         box, points, labels = None, *_all_tokens(box, points, labels)
         mask = np.zeros((1, *grid_size(frame_size)), np.float32) if mask is None else mask
-    return RowPrompt(box, points, labels, mask, truth, options.refine_steps, seed, complete)
+    return RowPrompt(box, points, labels, mask, truth, options.refine_steps, seed, mixed)
 
 
 def _kind(options: PromptOptions, train: bool, rng: np.random.Generator | None = None) -> str:
@@ -132,10 +137,11 @@ def _box(target, kind: str, options: PromptOptions, train: bool, words) -> tuple
 
 
 def collate_prompts(rows: Sequence[RowPrompt]) -> Prompts:
-    """One batch of prompts of one --prompt; rows that are complete are padded to the longest."""
-    given = None
-    if rows[0].complete:
-        longest = max(len(row.labels) for row in rows)
+    """One batch of prompts of one --prompt; those of 'mixed' sorted by `tokens`."""
+    given = lengths = None
+    if rows[0].mixed:
+        lengths = tuple(row.tokens for row in rows)
+        longest = max(lengths)
         given = torch.tensor([bool(row.mask.any()) for row in rows])
         rows = [_padded(row, longest) for row in rows]
     corrections = None
@@ -150,7 +156,7 @@ def collate_prompts(rows: Sequence[RowPrompt]) -> Prompts:
         point_labels=_stacked([row.labels for row in rows]),
         masks=_stacked([row.mask for row in rows]),
         mask_given=given,
-        complete=rows[0].complete,
+        lengths=lengths,
         corrections=corrections,
     )
 
@@ -174,11 +180,11 @@ def _all_tokens(box, points, labels) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _padded(row: RowPrompt, length: int) -> RowPrompt:
-    """With padding points up to `length`. SAM attends to these, so it is not quite the same row."""
+    """With points before its own that nobody reads, `length` in all."""
     more = length - len(row.labels)
     return row._replace(
-        points=np.pad(row.points, ((0, more), (0, 0))),
-        labels=np.pad(row.labels, (0, more), constant_values=-1),
+        points=np.pad(row.points, ((more, 0), (0, 0))),
+        labels=np.pad(row.labels, (more, 0), constant_values=-1),
     )
 
 

@@ -29,15 +29,17 @@ def embed_prompts(
 
     frame_size: height and width, pixels, of the frame that the prompts lie in; None for the
     encoder's own. T is N + 1 for N points alone (SAM appends one padding point), 2 for a box alone,
-    N + 2 for both, 0 without either, N for N points that are complete.
+    N + 2 for both, 0 without either, N where rows have lengths of their own (they come last).
     """
     frame_size = frame_size or encoder.input_image_size
     tokens = []
     if prompts.points is not None:
         points, labels = prompts.points, prompts.point_labels
-        if prompts.boxes is None and not prompts.complete:
+        if prompts.boxes is None and prompts.lengths is None:
             points, labels = F.pad(points, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=-1)
-        tokens.append(_embed_points(encoder, points, labels, frame_size, prompts.complete))
+        tokens.append(
+            _embed_points(encoder, points, labels, frame_size, prompts.lengths is not None)
+        )
     if prompts.boxes is not None:
         corners = _encode(encoder, _to_unit(encoder, prompts.boxes.reshape(-1, 2, 2), frame_size))
         kinds = [encoder.point_embeddings[2].weight, encoder.point_embeddings[3].weight]

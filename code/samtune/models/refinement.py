@@ -8,7 +8,8 @@ the draws follow from a seed per row, so any number of processes draws alike.
 Source: arXiv 2304.02643, appendix A ("training algorithm"): points uniform in the error region, the
 unthresholded logits fed back. *Deviations*: errors are seen on the decoder's grid (4 pixels of the
 frame with SAM's own), not at full resolution; one answer per step, never the best of three; the
-number of clicks is the caller's, and none comes without a new point.
+number of clicks is the caller's, and none comes without a new point; where rows of several kinds
+share a batch, one that began with a mask alone gets no padding point with its first click.
 """
 
 from __future__ import annotations
@@ -132,4 +133,7 @@ def _add_click(prompts: Prompts, point: Tensor, label: Tensor, logits: Tensor) -
     if prompts.points is not None:
         points = torch.cat([prompts.points, points], dim=1)
         labels = torch.cat([prompts.point_labels, labels], dim=1)
-    return prompts._replace(points=points, point_labels=labels, masks=logits, mask_given=None)
+    lengths = prompts.lengths and tuple(length + 1 for length in prompts.lengths)
+    return prompts._replace(
+        points=points, point_labels=labels, masks=logits, mask_given=None, lengths=lengths
+    )

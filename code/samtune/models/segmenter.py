@@ -84,9 +84,29 @@ class PromptedSam(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             sparse = embed_prompts(self.prompt_encoder, prompts, len(features), frame_size)
             dense = embed_masks(self.prompt_encoder, prompts, tuple(features.shape[-2:]))
-        logits, iou = decode_masks(self.mask_decoder, features, image_pe, sparse, dense)
+        logits, iou = self._decode_runs(prompts, features, image_pe, sparse, dense)
         # The IoU head of a decoder for K classes starts anew and no loss reads it.
         return Prediction(logits, None if isinstance(self.mask_decoder, ClassDecoder) else iou)
+
+    def _decode_runs(
+        self, prompts: Prompts, features: Tensor, image_pe: Tensor, sparse: Tensor, dense: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`decode_masks`, one call for all rows with equally many tokens: padding would be seen."""
+        runs = prompts.runs(len(features))
+        if len(runs) == 1 and runs[0][1] in (None, sparse.shape[1]):
+            return decode_masks(self.mask_decoder, features, image_pe, sparse, dense)
+        answers = [
+            decode_masks(
+                self.mask_decoder,
+                features[rows],
+                image_pe if len(image_pe) == 1 else image_pe[rows],
+                sparse[rows, sparse.shape[1] - length :],
+                dense if len(dense) == 1 else dense[rows],
+            )
+            for rows, length in runs
+        ]
+        logits, iou = (torch.cat(parts) for parts in zip(*answers, strict=True))
+        return logits, iou
 
     def image_pe(self, features: Tensor) -> Tensor:
         """(R, C, h, w) features -> (1 or R, C, h, w): where the decoder is to believe each cell."""
