@@ -9,6 +9,7 @@ import torch
 from samtune import config as c
 from samtune.adapters.options import DecoderOptions
 from samtune.benchmark import random_batch, run
+from samtune.config import PromptOptions
 from samtune.engine.distributed import Process
 from samtune.engine.trainer import Trainer
 from samtune.models import MODEL_TYPES
@@ -48,15 +49,15 @@ def test_it_runs_train_step_and_counts_images(config, capsys, monkeypatch):
 
 
 def test_the_random_batch_fills_its_frame():
-    batch = random_batch(3, 64, "box")
+    batch = random_batch(3, 64, PromptOptions())
     assert batch.image.shape == (3, 3, 64, 64) and batch.in_frame
     assert batch.target.float().mean() == 0.25
     assert batch.at_target(torch.zeros(3, 1, 16, 16))[:, 0].shape == batch.target.shape
-    assert random_batch(1, 64, "none").prompts.boxes is None
+    assert random_batch(1, 64, PromptOptions("none")).prompts.boxes is None
 
 
 def test_the_random_batch_of_a_frame_that_is_not_square():
-    batch = random_batch(1, (32, 64), "box")
+    batch = random_batch(1, (32, 64), PromptOptions("box"))
     assert batch.image.shape == (1, 3, 32, 64) and batch.frames.frame_size == (32, 64)
     (x0, y0, x1, y1), target = batch.prompts.boxes[0].int().tolist(), batch.target[0]
     assert target[y0:y1, x0:x1].all() and target.sum() == (y1 - y0) * (x1 - x0) == 16 * 32

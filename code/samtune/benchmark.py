@@ -10,12 +10,13 @@ from dataclasses import replace
 import torch
 
 from samtune.adapters import ADAPTERS, build_model
-from samtune.config import BenchmarkConfig, Size
+from samtune.config import BenchmarkConfig, PromptOptions, Size
+from samtune.data.prompts import collate_prompts, make_prompt
 from samtune.engine import distributed
 from samtune.engine.distributed import Process
 from samtune.engine.optim import build_optimizer, build_schedule
 from samtune.engine.trainer import Trainer, explain_out_of_memory
-from samtune.losses import MaskLoss
+from samtune.losses import EveryAnswer, MaskLoss
 from samtune.metrics.region import region_scores
 from samtune.models.anatomy import checkpoint_activations
 from samtune.models.weights import find_checkpoint
@@ -50,7 +51,7 @@ def run(config: BenchmarkConfig, process: Process) -> dict:
     steps = config.benchmark.warmup + config.benchmark.steps
     trainer = Trainer(
         wrapped,
-        MaskLoss(config.loss),
+        EveryAnswer(MaskLoss(config.loss)),
         [region_scores],
         optimizer,
         build_schedule(optimizer, config.optim, steps),
@@ -58,7 +59,7 @@ def run(config: BenchmarkConfig, process: Process) -> dict:
         clip_norm=config.optim.clip_norm,
         precision=config.optim.precision,
     )
-    batch = random_batch(config.loader.batch_size, image_size, config.prompts.prompt)
+    batch = random_batch(config.loader.batch_size, image_size, config.prompts)
     micro_batches = [batch] * config.optim.accumulate
     count = len(micro_batches) * config.loader.batch_size * process.world
     model.train()
@@ -79,6 +80,7 @@ def run(config: BenchmarkConfig, process: Process) -> dict:
         "activation_checkpointing": config.optim.activation_checkpointing,
         "train": options.train,
         "prompt": config.prompts.prompt,
+        "refine_steps": config.prompts.refine_steps,
         "steps": config.benchmark.steps,
         "device": device_name(process),
         "torch": torch.__version__,
@@ -88,7 +90,9 @@ def run(config: BenchmarkConfig, process: Process) -> dict:
     return result
 
 
-def random_batch(batch_size: int, image_size: int | tuple[int, int], prompt: str) -> Batch:
+def random_batch(
+    batch_size: int, image_size: int | tuple[int, int], prompt: PromptOptions
+) -> Batch:
     """Images of noise with a box-shaped object each, in frames without padding.
 
     image_size: (S_h, S_w), or the side of a square.
@@ -99,12 +103,17 @@ def random_batch(batch_size: int, image_size: int | tuple[int, int], prompt: str
     image = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
     target = torch.zeros(batch_size, height, width, dtype=torch.uint8)
     target[:, height // 4 : 3 * height // 4, width // 4 : 3 * width // 4] = 1
-    box = [width // 4, height // 4, 3 * width // 4, 3 * height // 4]
-    boxes = torch.tensor([box] * batch_size, dtype=torch.float32)
+    prompts = Prompts()
+    if prompt.prompt != "none":
+        told = (
+            make_prompt(mask, Frame(size, size), size, prompt, train=True, words=(0, i))
+            for i, mask in enumerate(target.numpy())
+        )
+        prompts = collate_prompts(list(told))
     return Batch(
         image,
         target,
-        Prompts(boxes=boxes if prompt == "box" else None),
+        prompts,
         Frames.collate([Frame(size, size)] * batch_size, size),
         torch.ones(batch_size),
         in_frame=True,

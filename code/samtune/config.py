@@ -43,6 +43,9 @@ class Size(NamedTuple):
     def __repr__(self) -> str:
         return str(self.plain)
 
+# What a model can be told. 'mixed' is one of the others, drawn for each question in training.
+PROMPTS = ("box", "point", "points", "box+points", "mask", "whole_image", "mixed", "none")
+
 
 def option(default, help: str, choices: tuple | None = None):
     """A dataclass field that is a flag: its default, its help, and the values it may take."""
@@ -128,6 +131,18 @@ class ReadOptions:
     ignore_index: int = option(
         255, "with --num_classes: the mask value of pixels that no loss and no score reads"
     )
+    objects: str = option(
+        "auto",
+        "what a question is about, under a prompt: 'mask': all that a mask shows; 'class': each "
+        "class in the image; 'component': each connected part (of each class); 'instance': each "
+        "value but 0 of masks that number their objects, or each annotation of a COCO .json given "
+        "as mask folder; 'auto': 'class' with --num_classes of 2 or more and a prompt, else 'mask'",
+        ("auto", "mask", "class", "component", "instance"),
+    )
+    background: int = option(
+        0, "with --num_classes: the class that no question is about; -1: ask about every class"
+    )
+    min_area: int = option(1, "components and instances of fewer pixels are not asked about")
     intensity_range: str = option(
         "auto",
         "LOW,HIGH: values of 16-bit or float images that become 0 and 255; 'auto': the 0.5 and "
@@ -218,6 +233,11 @@ class LoaderOptions:
 
     batch_size: int = option(1, "images per process and forward pass")
     workers: int = option(-1, "loader processes per training process; -1: up to 4, as cores allow")
+    decode_rows: int = option(
+        64,
+        "questions per call of the mask decoder in validation and scoring, where images may hold "
+        "many objects: bounds memory, changes no score; 0: all of a batch",
+    )
 
 
 @dataclass(frozen=True)
@@ -225,16 +245,33 @@ class PromptOptions:
     """Prompts"""
 
     prompt: str = option(
-        "box", "what the model is told: 'box': the box of the true mask; 'none'", ("box", "none")
+        "box",
+        "what the model is told: 'box': the box of the true mask; 'point': a random pixel of it "
+        "(in scoring its innermost one); 'points': --num_points of them, half inside and half "
+        "outside; 'box+points'; 'mask': a rough copy of it; 'whole_image': a box around "
+        "everything; 'mixed': in training one of box, point, points, box+points and mask for each "
+        "question, in scoring the box; 'none'",
+        PROMPTS,
+    )
+    num_points: int = option(2, "points of a question; every other one lies outside of the object")
+    refine_steps: int = option(
+        0,
+        "clicks that correct the answer, as SAM was trained: each on a wrong pixel (in scoring in "
+        "the middle of the largest error), with the last answer as mask prompt; the loss is the "
+        "mean over all answers",
+    )
+    max_objects: int = option(
+        32, "questions about an image in training, drawn anew in each epoch if it has more; 0: all"
     )
     box_scale: float = option(1.0, "factor on the box's sides, about its centre")
     box_jitter: float = option(
         0.0, "shift of each box side in training, uniform up to this fraction of the box's side"
     )
+    scoring_jitter: float = option(0.0, "the same in validation and scoring, drawn once per object")
     empty_masks: str = option(
         "skip",
-        "images without object under --prompt box: 'skip' them (counted in the log), or prompt "
-        "with the box of the 'whole' image",
+        "images without object under a prompt: 'skip' them (counted in the log), or prompt with "
+        "the box of the 'whole' image, points outside, or an empty mask (with --objects mask)",
         ("skip", "whole"),
     )
 
@@ -325,7 +362,7 @@ class EvaluateOptions:
     save_predictions: bool = option(False, "write the predicted masks and overlays as PNG")
     zero_shot: bool = option(True, "score the untuned SAM beside the tuned one")
     prompt: str = option(
-        "", "score under another prompt than the run's: 'box' or 'none'", ("", "box", "none")
+        "", "score under another prompt than the run's; empty: the run's", ("", *PROMPTS)
     )
     precision: str = option("fp32", "number format", ("fp32", "bf16", "fp16"))
 

@@ -116,6 +116,23 @@ class ClassLoss:
             return *sums, (p * t).sum((2, 3)), (p.square() + t).sum((2, 3))
 
 
+class EveryAnswer:
+    """A loss averaged over the answers that a user corrected and the last one (`Prediction`)."""
+
+    def __init__(self, loss: MaskLoss | ClassLoss):
+        self.loss = loss
+
+    def __call__(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        if not prediction.earlier:
+            return self.loss(prediction, batch)
+        answers = [*prediction.earlier, prediction.logits]
+        results = [self.loss(Prediction(logits), batch) for logits in answers]
+        mean = lambda values: torch.stack(values).mean(0)  # noqa: E731
+        names = results[0][1]
+        terms = {name: mean([terms[name] for _, terms in results]) for name in names}
+        return mean([total for total, _ in results]), terms
+
+
 def parse_class_weights(text: str, num_classes: int) -> Tensor:
     """(K,) float32 from numbers with commas between; ones for an empty text."""
     if not text:

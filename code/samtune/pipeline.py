@@ -9,6 +9,7 @@ from samtune.config import LoaderOptions, PromptOptions, ReadOptions, Size, answ
 from samtune.data.datasets import SegmentationDataset
 from samtune.data.files import Pair
 from samtune.data.loading import make_loader
+from samtune.data.objects import settle_objects
 from samtune.data.sampler import eval_batches
 from samtune.data.scan import ScanReport, scan_pairs
 from samtune.engine import distributed
@@ -45,15 +46,24 @@ def check_pairs(
 
 
 def usable(
-    name: str, pairs: list[Pair], report: ScanReport, prompts: PromptOptions, logbook: Logbook
+    name: str,
+    pairs: list[Pair],
+    report: ScanReport,
+    read: ReadOptions,
+    prompts: PromptOptions,
+    logbook: Logbook,
 ) -> list[Pair]:
     """The pairs that can be asked about: without object there is no box (`--empty_masks`)."""
-    if prompts.prompt != "box" or prompts.empty_masks != "skip" or not report.empty:
+    objects = settle_objects(read, prompts).objects
+    needed = objects != "mask" or (prompts.prompt != "none" and prompts.empty_masks == "skip")
+    if not needed or not report.empty:
         return pairs
     kept = report.without_empty(pairs)
     logbook.say(f"{name}: the {len(pairs) - len(kept)} images without object are skipped")
     if not kept:
-        raise UserError(f"no {name} image holds an object, so --prompt box has nothing to ask")
+        raise UserError(
+            f"no {name} image holds an object, so --prompt {prompts.prompt} has nothing to ask"
+        )
     return kept
 
 
@@ -83,6 +93,8 @@ def original_boxes(batch: Batch) -> Tensor | None:
     if batch.prompts.boxes is None:
         return None
     scale = batch.frames.original_size.double() / batch.frames.valid_size.double()
+    if batch.prompts.image_index is not None:
+        scale = scale[batch.prompts.image_index]
     return (batch.prompts.boxes.double() * scale.flip(1).repeat(1, 2)).round()  # x, y, x, y
 
 

@@ -16,8 +16,10 @@ from samtune.data.catalog import (
     read_options,
 )
 from samtune.data.catalog_rows import DATASETS
+from samtune.data.coco import find_described
 from samtune.data.files import Pair, find_pairs, select
 from samtune.data.lists import listed_pairs
+from samtune.data.samples import is_annotations
 from samtune.errors import UserError
 
 _FILES = ("image_dir", "mask_dir", "list")
@@ -139,5 +141,8 @@ def _of_files(split: str, data: TrainDataOptions | TestDataOptions, read: ReadOp
             if not folder:
                 raise UserError(f"--{split}_{kind}_dir is not set")
         flags = (f"--{split}_image_dir", f"--{split}_mask_dir")
+        if is_annotations(mask_dir):
+            pairs = find_described(image_dir, mask_dir, flags[0])
+            return select(pairs, getattr(data, f"{split}_slice"), f"--{split}_slice")
         pairs = find_pairs(image_dir, mask_dir, read, flags)
     return select(pairs, getattr(data, f"{split}_slice"), f"--{split}_slice")

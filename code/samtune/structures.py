@@ -11,6 +11,7 @@ A batch of rows is decoded in one call, so several objects per image, several cl
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
@@ -28,9 +29,11 @@ _BAND_VALUES = 2**24  # 64 MiB in float32
 class Sample:
     """One picture with its mask, as read from disk.
 
-    image: (H, W, 3) uint8 RGB. mask: (H, W) uint8, 0 background, 1 foreground, or class ids;
-    `IGNORE` unread.
-    id: the key that paired the two files; image_path, mask_path: where they lie.
+    image: (H, W, 3) uint8 RGB. mask: (H, W) uint8, 0 background, 1 foreground (or class ids),
+    `IGNORE` unread. id: the key that paired the two files; image_path, mask_path: where they lie.
+    layers: (H, W) uint16 maps of single objects, where these are asked about: 0 nothing, `IGNORE`
+    unread, any other value one object, which lies in one layer only; objects that overlap lie in
+    different layers. names: what an object is called, by its value.
     """
 
     image: np.ndarray
@@ -38,6 +41,14 @@ class Sample:
     id: str
     image_path: str = ""
     mask_path: str = ""
+    layers: tuple[np.ndarray, ...] = ()
+    names: Mapping[int, str] = field(default_factory=dict)
+
+    def moved(self, image: np.ndarray, move: Callable[[np.ndarray], np.ndarray]) -> Sample:
+        """The picture turned, cut or resized to `image`; `move` does the same to (H, W) values."""
+        return replace(
+            self, image=image, mask=move(self.mask), layers=tuple(map(move, self.layers))
+        )
 
 
 @dataclass(frozen=True)
@@ -133,18 +144,52 @@ def _bilinear(position: Tensor, ratio: float | Tensor, last: Tensor, length: int
     return (1 - (source[..., None] - torch.arange(length, device=source.device)).abs()).clamp(min=0)
 
 
+class Corrections(NamedTuple):
+    """A user who looks at each answer, clicks on what is wrong, and asks again.
+
+    clicks: how often. truth: (R, h, w) uint8 0, 1 or `IGNORE`: what he wants to see, in the frame,
+    on a grid about as fine as the decoder's. seed: (R,) int64 in 0..2^32, from which the pixel that
+    he clicks is drawn; None: he clicks in the middle of the largest error.
+    """
+
+    clicks: int
+    truth: Tensor
+    seed: Tensor | None = None
+
+
 class Prompts(NamedTuple):
     """What the model is asked, R rows in the frame's pixels; every part may be absent.
 
     boxes: (R, 4) float32 x0, y0, x1, y1. points: (R, N, 2) float32 with point_labels (R, N) int64
     (1 foreground, 0 background, -1 padding). image_index: (R,) int64, the image of each row; None
-    when row r asks about image r.
+    when row r asks about image r. masks: (R, 1, h, w) float32 logits of a mask in the frame, on any
+    grid (SAM's own is four times that of the features); mask_given: (R,) bool, which rows have one;
+    None: all. lengths: where rows of different kinds share a batch, how many of its points, from
+    the last one backwards, row r has, in rising order; then they are all tokens there are, box
+    corners (labels 2 near, 3 far) and SAM's padding among them. corrections: who asks again.
     """
 
     boxes: Tensor | None = None
     points: Tensor | None = None
     point_labels: Tensor | None = None
     image_index: Tensor | None = None
+    masks: Tensor | None = None
+    mask_given: Tensor | None = None
+    lengths: tuple[int, ...] | None = None
+    corrections: Corrections | None = None
+
+    def rows(self, rows: slice) -> Prompts:
+        """Some of the rows. `image_index` must be there."""
+        lengths = self.lengths and self.lengths[rows]
+        return _map_tensors(self, lambda tensor: tensor[rows])._replace(lengths=lengths)
+
+    def runs(self, rows: int) -> list[tuple[slice, int | None]]:
+        """Runs of rows with equally many tokens, and how many; (all, None) where all are equal."""
+        if self.lengths is None:
+            return [(slice(0, rows), None)]
+        ends = [i for i in range(1, rows) if self.lengths[i] != self.lengths[i - 1]] + [rows]
+        starts = [0, *ends[:-1]]
+        return [(slice(a, b), self.lengths[a]) for a, b in zip(starts, ends, strict=True)]
 
 
 class Prediction(NamedTuple):
@@ -152,11 +197,13 @@ class Prediction(NamedTuple):
 
     logits: (R, C, h, w) at the decoder's own resolution (`Frames` brings them to another); iou:
     (R, C) SAM's estimate of its own mask quality, or None; aux: further loss terms by name.
+    earlier: the logits of the answers before this one, where a user corrected them.
     """
 
     logits: Tensor
     iou: Tensor | None = None
     aux: dict[str, Tensor] | None = None
+    earlier: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -165,8 +212,10 @@ class Batch:
 
     image: (B, 3, S_h, S_w) uint8, zero where padded. target: (R, T_h, T_w) uint8 (0, 1, or class
     ids where the model answers with a mask per class; `IGNORE`), on the canvas of original sizes,
-    or in the frame where `in_frame`. weight: (R,) float32, 1 for a real sample and 0 for one that
-    only keeps the ranks in step. ids, paths: B strings for messages and files.
+    or in the frame where `in_frame`. weight: (R,) float32: a real sample weighs 1, which its rows
+    share equally, and one that only keeps the ranks in step 0. ids, paths: B strings for messages
+    and files. row_names: R strings for tables ("img7", "img7#3"); empty: the image's id. told: what
+    the model was told, in words; empty: what the prompts show.
     """
 
     image: Tensor
@@ -177,6 +226,34 @@ class Batch:
     ids: list[str] = field(default_factory=list)
     paths: list[str] = field(default_factory=list)
     in_frame: bool = False
+    row_names: list[str] = field(default_factory=list)
+    told: str = ""
+
+    @property
+    def image_of_row(self) -> list[int]:
+        """Which image each row asks about. Waits for the device; on the CPU it costs nothing."""
+        index = self.prompts.image_index
+        return list(range(len(self.target))) if index is None else index.tolist()
+
+    def in_parts(self, rows: int) -> list[Batch]:
+        """The same questions in batches of at most `rows` rows, all with all images; 0: in one."""
+        if rows < 1 or len(self.target) <= rows:
+            return [self]
+        prompts, names = self.prompts, self.row_names
+        if prompts.image_index is None:
+            index = torch.arange(len(self.target), device=self.target.device)
+            prompts, names = prompts._replace(image_index=index), names or self.ids
+        starts = range(0, len(self.target), rows)
+        return [
+            replace(
+                self,
+                target=self.target[part],
+                prompts=prompts.rows(part),
+                weight=self.weight[part],
+                row_names=names[part],
+            )
+            for part in (slice(start, start + rows) for start in starts)
+        ]
 
     def at_target(self, logits: Tensor, lines: slice = ALL) -> Tensor:
         """(R, C, h, w) decoder logits -> (R, C, T_h, T_w) float32, where the target lies.
@@ -209,8 +286,8 @@ def _map_tensors(value, function):
     """Apply `function` to every tensor in a (nested) dataclass or named tuple."""
     if isinstance(value, Tensor):
         return function(value)
-    if isinstance(value, Prompts):
-        return Prompts(*(_map_tensors(part, function) for part in value))
+    if isinstance(value, (Prompts, Corrections)):
+        return type(value)(*(_map_tensors(part, function) for part in value))
     if isinstance(value, (Batch, Frames)):
         names = [f.name for f in fields(value)]
         return replace(value, **{n: _map_tensors(getattr(value, n), function) for n in names})

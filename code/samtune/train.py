@@ -13,6 +13,7 @@ from samtune.config import TrainConfig
 from samtune.data.datasets import SegmentationDataset
 from samtune.data.files import Pair
 from samtune.data.loading import make_loader
+from samtune.data.objects import check_questions
 from samtune.data.sample_data import SampleSet, make_sample_set
 from samtune.data.sampler import TrainPlan
 from samtune.engine import distributed
@@ -23,7 +24,7 @@ from samtune.engine.logbook import Logbook, parameter_summary
 from samtune.engine.optim import build_optimizer, build_schedule
 from samtune.engine.trainer import Trainer
 from samtune.errors import UserError
-from samtune.losses import make_loss
+from samtune.losses import EveryAnswer, make_loss
 from samtune.models.anatomy import checkpoint_activations
 from samtune.models.segmenter import PromptedSam
 from samtune.models.weights import find_checkpoint
@@ -128,6 +129,7 @@ def _build(config: TrainConfig) -> tuple[PromptedSam, dict]:
     adapter = ADAPTERS[config.model.adapter]
     classes = config.read.num_classes
     adapter.check(config.model, config.prompts.prompt, classes, config.data.crop)
+    check_questions(config.read, config.prompts)
     base = find_checkpoint(config.model)
     seed, prompt = config.run.seed, config.prompts.prompt
     model = build_model(config.model, config.adapter, prompt, base, seed, classes)
@@ -138,7 +140,7 @@ def _check(name, pairs, config, image_size, process) -> list[Pair]:
     """Read every file of a split once; drop what cannot be asked about."""
     logbook = Logbook.console(process)
     report = check_pairs(name, pairs, config.read, image_size, process, logbook)
-    return usable(name, pairs, report, config.prompts, logbook)
+    return usable(name, pairs, report, config.read, config.prompts, logbook)
 
 
 def _introduce(config, model, training: int, validation: int, process, folder, logbook) -> None:
@@ -182,7 +184,7 @@ def _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state):
     optimizer = build_optimizer(wrapped, options)
     schedule = build_schedule(optimizer, options, run.epoch * plan.steps_per_epoch)
     trainer = Trainer(
-        wrapped, criterion, scorers, optimizer, schedule, process,
+        wrapped, EveryAnswer(criterion), scorers, optimizer, schedule, process,
         clip_norm=options.clip_norm, precision=options.precision,
     )  # fmt: skip
 
@@ -190,7 +192,10 @@ def _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state):
     val_loader = evaluation_loader(
         val_pairs, config.read, config.prompts, image_size, loader, process
     )
-    evaluator = Evaluator(model, [criterion.scores, *scorers], process, trainer.precision, counter)
+    evaluator = Evaluator(
+        model, [criterion.scores, *scorers], process, trainer.precision, counter,
+        loader.decode_rows,
+    )  # fmt: skip
 
     def make_batches(epoch: int, first_step: int):
         return make_loader(dataset, plan.batches(epoch, first_step), loader.workers, on_gpu)

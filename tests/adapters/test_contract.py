@@ -57,7 +57,8 @@ SEVERAL = [
 CASES = [
     pytest.param(*model.values, prompt, 1, id=f"{model.id}-{prompt}")
     for model in MODELS
-    for prompt in ADAPTERS[model.values[1]].prompts
+    for prompt in ("box", "none")  # the others differ in the prompt encoder only
+    if prompt in ADAPTERS[model.values[1]].prompts
 ] + [pytest.param(*model.values, "none", 3, id=f"{model.id}-classes") for model in SEVERAL]
 # What an adapter leaves out of SAM; the others leave out nothing.
 LEFT_OUT = {

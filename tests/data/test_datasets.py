@@ -9,8 +9,10 @@ from samtune.config import PromptOptions, ReadOptions
 from samtune.data.datasets import SampleKey, SegmentationDataset, collate
 from samtune.data.files import Pair
 from samtune.data.prompts import box_from_mask
+from samtune.data.scan import scan_pairs
 from samtune.data.transforms import fit_image, fit_mask
 from samtune.errors import UserError
+from samtune.pipeline import usable
 from samtune.structures import IGNORE
 
 READ, BOX, NONE = ReadOptions(), PromptOptions(), PromptOptions(prompt="none")
@@ -77,7 +79,8 @@ def test_targets_in_the_frame(pairs):
     batch = collate([dataset[SampleKey(0, i)] for i in (0, 1)])
     assert batch.target.shape == (2, 64, 64)
     item = dataset_of(pairs)[SampleKey(0, 1)]
-    assert (batch.target[1].numpy() == fit_mask(item.target, item.frame, (64, 64))).all()
+    expected = fit_mask(item.rows[0].target, item.frame, (64, 64))
+    assert (batch.target[1].numpy() == expected).all()
 
 
 def test_without_prompt_there_is_no_box(pairs):
@@ -128,13 +131,13 @@ def test_the_worker_makes_image_and_box(pairs):
 def test_jitter_is_for_training_and_follows_the_key(pairs):
     prompt = PromptOptions(box_jitter=0.1)
     train, val = dataset_of(pairs, prompt, train=True), dataset_of(pairs, prompt)
-    plain = dataset_of(pairs)[SampleKey(0, 0)].box
-    boxes = [train[SampleKey(epoch, 0)].box for epoch in range(4)]
-    assert (val[SampleKey(2, 0)].box == plain).all()
+    plain = dataset_of(pairs)[SampleKey(0, 0)].rows[0].prompt.box
+    boxes = [train[SampleKey(epoch, 0)].rows[0].prompt.box for epoch in range(4)]
+    assert (val[SampleKey(2, 0)].rows[0].prompt.box == plain).all()
     assert all((box != plain).any() for box in boxes) and len(set(map(tuple, boxes))) == 4
-    assert (train[SampleKey(2, 0)].box == boxes[2]).all()
+    assert (train[SampleKey(2, 0)].rows[0].prompt.box == boxes[2]).all()
     other_seed = dataset_of(pairs, prompt, train=True, seed=1)
-    assert (other_seed[SampleKey(2, 0)].box != boxes[2]).any()
+    assert (other_seed[SampleKey(2, 0)].rows[0].prompt.box != boxes[2]).any()
 
 
 def test_the_policy_for_images_without_object(tmp_path):
@@ -144,8 +147,8 @@ def test_the_policy_for_images_without_object(tmp_path):
         dataset_of([pair])[SampleKey(0, 0)]
     item = dataset_of([pair], PromptOptions(empty_masks="whole"))[SampleKey(0, 0)]
     corners = item.frame.scale_xy([[0, 0], [59, 39]]).ravel()
-    assert item.box.tolist() == np.float32(corners).tolist()
-    assert dataset_of([pair], NONE)[SampleKey(0, 0)].box is None
+    assert item.rows[0].prompt.box.tolist() == np.float32(corners).tolist()
+    assert dataset_of([pair], NONE)[SampleKey(0, 0)].rows[0].prompt.box is None
 
 
 def test_fillers_carry_weight_zero(pairs):
@@ -157,3 +160,144 @@ def test_fillers_carry_weight_zero(pairs):
 def test_impossible_boxes_are_refused(pairs, flag):
     with pytest.raises(UserError, match=f"--{flag} -1"):
         dataset_of(pairs, PromptOptions(**{flag: -1.0}))
+
+
+CLASSES = ReadOptions(num_classes=5)
+
+
+@pytest.fixture
+def many(tmp_path):
+    """Pictures of 1, 2 and 4 classes beside the background, and one of none."""
+    pairs = []
+    for name, classes in (("one", [3]), ("two", [1, 2]), ("four", [1, 2, 3, 4]), ("none", [])):
+        pair = save(tmp_path, name, (40, 60))
+        mask = np.zeros((40, 60), np.uint8)
+        for c in classes:
+            mask[3 + 8 * c : 8 + 8 * c, 5 : 20 + 9 * c] = c
+        mask[:, 58] = IGNORE
+        Image.fromarray(mask).save(pair.mask_path)
+        pairs.append(pair)
+    return pairs
+
+
+def ragged(pairs, read=CLASSES, prompt=BOX, **options):
+    return SegmentationDataset(pairs, read, 64, prompt, "original", **options)
+
+
+def test_rows_of_an_image_follow_each_other_and_share_its_weight(many):
+    dataset = ragged(many)
+    keys = [SampleKey(0, 2), SampleKey(0, 0), SampleKey(0, 1, 0.0)]
+    batch = collate([dataset[key] for key in keys])
+    assert batch.prompts.image_index.tolist() == [0, 0, 0, 0, 1, 2, 2]
+    assert batch.image_of_row == [0, 0, 0, 0, 1, 2, 2]
+    assert batch.weight.tolist() == [0.25] * 4 + [1.0, 0.0, 0.0]
+    assert batch.ids == ["four", "one", "two"]
+    assert batch.row_names == [*(f"four#{c}" for c in (1, 2, 3, 4)), "one#3", "two#1", "two#2"]
+    assert batch.target.shape == (7, 40, 60) and batch.told == "box"
+    whole = np.asarray(Image.open(many[2].mask_path))
+    for c, target, box in zip((1, 2, 3, 4), batch.target, batch.prompts.boxes, strict=False):
+        assert ((target == 1).numpy() == (whole == c)).all()
+        assert ((target == IGNORE).numpy() == (whole == IGNORE)).all()
+        x0, y0, x1, y1 = box_from_mask((whole == c).astype(np.uint8))
+        assert torch.allclose(box, torch.tensor([x0, y0, x1, y1]) * 64 / 60, atol=0.6)
+
+
+def test_one_row_per_image_needs_no_index(many):
+    batch = collate([ragged(many)[SampleKey(0, 0)]])
+    assert batch.prompts.image_index is None and batch.row_names == ["one#3"]
+
+
+def test_parts_of_a_batch_are_its_rows(many):
+    dataset = ragged(many, prompt=PromptOptions("points", refine_steps=1))
+    batch = collate([dataset[SampleKey(0, i)] for i in range(3)])
+    parts = batch.in_parts(3)
+    assert [len(part.target) for part in parts] == [3, 3, 1]
+    for name in ("points", "point_labels", "image_index"):
+        joined = torch.cat([getattr(part.prompts, name) for part in parts])
+        assert torch.equal(joined, getattr(batch.prompts, name))
+    assert torch.equal(
+        torch.cat([part.prompts.corrections.truth for part in parts]),
+        batch.prompts.corrections.truth,
+    )
+    assert [name for part in parts for name in part.row_names] == batch.row_names
+    assert all(part.ids == batch.ids and part.image is batch.image for part in parts)
+    assert batch.in_parts(0) == batch.in_parts(7) == [batch]
+
+
+def test_training_takes_some_of_many_objects_and_scoring_all(many):
+    prompt = PromptOptions(max_objects=2)
+    train, val = (ragged(many, prompt=prompt, train=t) for t in (True, False))
+    drawn = [tuple(r.name for r in train[SampleKey(epoch, 2)].rows) for epoch in range(20)]
+    assert {len(names) for names in drawn} == {2} and len(set(drawn)) > 4
+    assert all(list(names) == sorted(names) for names in drawn)
+    assert drawn[3] == tuple(row.name for row in train[SampleKey(3, 2)].rows)
+    assert len(val[SampleKey(0, 2)].rows) == 4
+
+
+def test_a_prompt_does_not_depend_on_which_other_objects_are_asked_about(many):
+    prompt = PromptOptions("point", max_objects=2)
+    some = ragged(many, prompt=prompt, train=True)[SampleKey(1, 2)].rows
+    every = ragged(many, prompt=PromptOptions("point"), train=True)[SampleKey(1, 2)].rows
+    of_all = {row.name: row.prompt.points.tolist() for row in every}
+    assert all(row.prompt.points.tolist() == of_all[row.name] for row in some)
+
+
+def test_without_prompt_classes_are_one_target(many):
+    item = ragged(many, prompt=NONE)[SampleKey(0, 2)]
+    (row,) = item.rows
+    assert row.name == "four" and set(np.unique(row.target)) == {0, 1, 2, 3, 4, IGNORE}
+
+
+def test_an_image_that_loses_its_objects_is_taken_as_it_is(tmp_path):
+    pair = save(tmp_path, "edge", (60, 60))
+    mask = np.zeros((60, 60), np.uint8)
+    mask[0, 0] = 2
+    Image.fromarray(mask).save(pair.mask_path)
+    read = ReadOptions(num_classes=3, objects="component")
+    dataset = ragged([pair], read, augment="standard", seed=1, train=True)
+    for epoch in range(30):
+        (row,) = dataset[SampleKey(epoch, 0)].rows
+        assert row.name == "edge#2:1" and (row.target == 1).any()
+
+
+class Said(list):
+    say = list.append
+
+
+@pytest.mark.parametrize("whole", ["skip", "whole"])
+def test_images_with_nothing_to_ask_about_are_skipped_and_counted(many, whole):
+    prompts, said = PromptOptions(empty_masks=whole), Said()
+    report = scan_pairs(many, CLASSES)
+    report.raise_problems()
+    assert report.empty == ["none"] and not report.remarks[1:]
+    kept = usable("test", many, report, CLASSES, prompts, said)
+    assert [pair.id for pair in kept] == ["one", "two", "four"] and "1 images" in said[0]
+    with pytest.raises(UserError, match="no object to ask about"):
+        ragged(many, prompt=prompts)[SampleKey(0, 3)]
+    assert usable("test", many, report, CLASSES, NONE, said) == many
+    with pytest.raises(UserError, match="--prompt point has nothing to ask"):
+        usable(
+            "test", many[3:], scan_pairs(many[3:], CLASSES), CLASSES, PromptOptions("point"), said
+        )
+
+
+def test_small_parts_leave_an_image_with_nothing_to_ask(many):
+    areas = {"one": 210, "two": 165, "four": 255, "none": 0}  # of the largest part
+    for least in (1, 166, 211, 256):
+        read = ReadOptions(num_classes=5, objects="component", min_area=least)
+        assert scan_pairs(many, read).empty == [n for n, area in areas.items() if area < least]
+
+
+def test_rows_of_several_kinds_are_sorted_by_their_tokens(many):
+    dataset = ragged(many, prompt=PromptOptions("mixed"), train=True)
+    items = [dataset[SampleKey(0, i)] for i in range(3)]
+    batch = collate(items)
+    lengths = batch.prompts.lengths
+    assert list(lengths) == sorted(lengths) and len(set(lengths)) > 1
+    for name, image, target, weight in zip(
+        batch.row_names, batch.image_of_row, batch.target, batch.weight, strict=True
+    ):
+        item = items[image]
+        (row,) = (row for row in item.rows if row.name == name)
+        assert np.array_equal(target, row.target)
+        assert weight == pytest.approx(1 / len(item.rows))

@@ -17,7 +17,12 @@ from samtune.metrics.region import region_scores
 from samtune.models import ModelType
 from samtune.models.mask_decoder import decode_masks
 from samtune.models.positions import resize_pos_embed, resize_rel_pos
-from samtune.models.prompt_encoder import embed_prompts, no_mask, position_encoding
+from samtune.models.prompt_encoder import (
+    embed_masks,
+    embed_prompts,
+    no_mask,
+    position_encoding,
+)
 from samtune.models.sam import (
     build_image_encoder,
     build_mask_decoder,
@@ -377,19 +382,20 @@ def check_prompt_decode(fixture: Fixture) -> None:
     features, index = fixture["input.image_embeddings"], fixture["input.image_index_of_box"]
     boxes = fixture["input.boxes"]
     points, labels = fixture["input.points"], fixture["input.point_labels"]
-    dense = no_mask(encoder)
-    dense_of_masks = encoder.mask_downscaling(fixture["input.mask_inputs"])
-    close(dense_of_masks, fixture["output.box_mask.dense"], OUTPUT, "dense")
+    masks, grid = fixture["input.mask_inputs"], tuple(features.shape[-2:])
+    expected = fixture["output.box_mask.dense"]
+    close(embed_masks(encoder, Prompts(masks=masks), grid), expected, OUTPUT, "dense")
     pe = position_encoding(encoder, tuple(features.shape[-2:]))
     close(pe, fixture["output.dense_pe"], OUTPUT, "dense_pe")
     cases = {
-        "box": (Prompts(boxes=boxes), features[index], dense),
-        "box_mask": (Prompts(boxes=boxes), features[index], dense_of_masks),
-        "points": (Prompts(points=points, point_labels=labels), features, dense),
-        "points_box": (Prompts(boxes, points[index], labels[index]), features[index], dense),
-        "none": (Prompts(), features, dense),
+        "box": (Prompts(boxes=boxes), features[index]),
+        "box_mask": (Prompts(boxes=boxes, masks=masks), features[index]),
+        "points": (Prompts(points=points, point_labels=labels), features),
+        "points_box": (Prompts(boxes, points[index], labels[index]), features[index]),
+        "none": (Prompts(), features),
     }
-    for case, (prompts, rows, dense) in cases.items():
+    for case, (prompts, rows) in cases.items():
+        dense = embed_masks(encoder, prompts, grid)
         sparse = embed_prompts(encoder, prompts, len(rows))
         close(sparse, fixture[f"output.{case}.sparse"], OUTPUT, f"{case} sparse")
         logits, iou = decode_masks(decoder, rows, pe, sparse, dense, slice(None))

@@ -183,7 +183,7 @@ def test_no_wait_on_a_gpu(sam, image, kind):
     """CUDA itself reports every wait, also those that no operator's name tells."""
     model, image = PromptedSam(sam).cuda(), image.cuda()
     valid = torch.full((3, 2), 60, device="cuda")
-    prompts = Prompts(*(None if part is None else part.cuda() for part in ask(kind, 3)))
+    prompts = Prompts(*(p.cuda() if isinstance(p, torch.Tensor) else p for p in ask(kind, 3)))
     model(image, prompts, valid).logits.sum().backward()  # the first call loads libraries
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

@@ -22,7 +22,7 @@ from samtune.adapters.options import (
     TsSamOptions,
 )
 from samtune.adapters.published import samed_renames
-from samtune.config import ModelOptions, answers_classes
+from samtune.config import PROMPTS, ModelOptions, answers_classes
 from samtune.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ ADAPTERS: dict[str, Adapter] = {
         summary="trains the mask decoder, the image encoder as it is",
         options=DecoderOptions,
         module="samtune.adapters.decoder",
-        prompts=("box", "none"),
+        prompts=PROMPTS,
         backbones=("vit", "tiny_vit"),
         source="Kyyle2114/Fine-tuning-Segment-Anything a7cf899",
         mergeable=True,
@@ -47,7 +47,7 @@ ADAPTERS: dict[str, Adapter] = {
         summary="adds high-frequency and patch features to every block of the image encoder",
         options=SamAdapterOptions,
         module="samtune.adapters.sam_adapter",
-        prompts=("box", "none"),
+        prompts=PROMPTS,
         backbones=("vit",),
         source="arXiv 2304.09148; Kyyle2114/SAM-Adapter-Pytorch-Implementation 66b0e9e (parent), "
         "tianrun-chen/SAM-Adapter-PyTorch 665145d (official)",
@@ -79,7 +79,7 @@ ADAPTERS: dict[str, Adapter] = {
         summary="adds a bottleneck beside the MLP of every block of the image encoder",
         options=AdaptFormerOptions,
         module="samtune.adapters.adaptformer",
-        prompts=("box", "none"),
+        prompts=PROMPTS,
         backbones=("vit", "tiny_vit"),
         source="arXiv 2205.13535; ShoufaChen/AdaptFormer 6967d67 (original), "
         "usagisukisuki/G-SAM 31dfd1c (gsam, spatial; arXiv 2408.12406)",
@@ -89,7 +89,7 @@ ADAPTERS: dict[str, Adapter] = {
         summary="adds a convolution branch that the blocks of global attention read, at 256 px",
         options=SamusOptions,
         module="samtune.adapters.samus",
-        prompts=("box", "none"),
+        prompts=PROMPTS,
         backbones=("vit",),
         source="arXiv 2309.06824; xianlin7/SAMUS 030ed07",
         image_size=256,
@@ -101,7 +101,7 @@ ADAPTERS: dict[str, Adapter] = {
         summary="takes images of any size and aspect, with a CNN beside the image encoder",
         options=GsamOptions,
         module="samtune.adapters.gsam",
-        prompts=("box", "none"),
+        prompts=PROMPTS,
         backbones=("vit",),
         source="arXiv 2408.12406; usagisukisuki/G-SAM 31dfd1c",
         renames=(  # the CNN lies in published files twice; its end, which nothing reads, once
@@ -122,7 +122,7 @@ ADAPTERS: dict[str, Adapter] = {
         summary="adds low-rank terms to q and v of every attention in the image encoder",
         options=LoraOptions,
         module="samtune.adapters.lora",
-        prompts=("box", "none"),
+        prompts=PROMPTS,
         backbones=("vit", "tiny_vit"),
         source="arXiv 2106.09685; hitachinsk/SAMed e351840 (samed), "
         "usagisukisuki/G-SAM 31dfd1c (gsam)",
@@ -138,7 +138,7 @@ ADAPTERS: dict[str, Adapter] = {
         summary="adds a low-rank term with a mixture of convolutions to q, k and v of every block",
         options=ConvLoraOptions,
         module="samtune.adapters.conv_lora",
-        prompts=("box", "none"),
+        prompts=PROMPTS,
         backbones=("vit", "tiny_vit"),
         source="arXiv 2401.17868; autogluon/autogluon f34ebb4f6 (original), "
         "usagisukisuki/G-SAM 31dfd1c (gsam)",
@@ -192,6 +192,8 @@ def _thaw(model: PromptedSam, options: ModelOptions, prompt: str, whole: bool) -
         thaw_decoder(model)
         thaw_prompt_encoder(model, prompt)
     elif options.train == "prompt_encoder":
+        if prompt == "mixed":
+            raise UserError("--train prompt_encoder needs one kind of --prompt, not mixed")
         if not hasattr(model, "prompt_encoder"):
             raise UserError(
                 f"--train prompt_encoder: --adapter {options.adapter} takes no prompts and has none"

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from samtune.models.attention import in_windows
 from samtune.models.mask_decoder import ClassDecoder, masks_read
-from samtune.models.prompt_encoder import parts_read
+from samtune.models.prompt_encoder import parts_used
 from samtune.models.sam import ImageEncoderViT, MaskDecoder, Sam
 from samtune.models.segmenter import PromptedSam
 
@@ -43,11 +43,13 @@ def thaw_decoder(sam: Sam | PromptedSam) -> None:
 def thaw_prompt_encoder(model: PromptedSam, prompt: str) -> None:
     """Let what this kind of prompt reads of the prompt encoder train, and nothing else of it.
 
-    An adapter that takes no prompts has none.
+    An adapter that takes no prompts has none. With prompts of several kinds no step is sure to read
+    any of it, and distributed training waits for a gradient of all that trains; clicks that correct
+    an answer read further parts, which stay frozen.
     """
-    if hasattr(model, "prompt_encoder"):
-        for part in parts_read(model.prompt_encoder, prompt):
-            part.requires_grad_(True)
+    if hasattr(model, "prompt_encoder") and prompt != "mixed":
+        for name in parts_used(prompt):
+            model.prompt_encoder.get_submodule(name).requires_grad_(True)
 
 
 class AdaptedEncoder(nn.Module):

@@ -8,14 +8,22 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from samtune.config import PromptOptions, ReadOptions, Size
+from samtune.config import PromptOptions, ReadOptions, Size, answers_classes
 from samtune.data.files import Pair
-from samtune.data.prompts import box_from_mask, jitter_box
+from samtune.data.objects import (
+    EVERYTHING,
+    Thing,
+    check_questions,
+    settle_objects,
+    target_of,
+    things_of,
+)
+from samtune.data.prompts import RowPrompt, collate_prompts, in_words, make_prompt
 from samtune.data.randomness import stream
 from samtune.data.samples import read_sample
 from samtune.data.transforms import augment, fit_image, fit_mask, prepare, random_crop
 from samtune.errors import UserError
-from samtune.structures import IGNORE, Batch, Frame, Frames, Prompts, Sample
+from samtune.structures import IGNORE, Batch, Frame, Frames, Sample
 
 
 class SampleKey(NamedTuple):
@@ -26,22 +34,32 @@ class SampleKey(NamedTuple):
     weight: float = 1.0
 
 
+class Row(NamedTuple):
+    """One question about a sample. name: for tables. target: (H, W) at the original size, or
+    (S_h, S_w) in the frame: 0, 1, or class ids, and `IGNORE`.
+    """
+
+    name: str
+    target: np.ndarray
+    prompt: RowPrompt
+
+
 class Item(NamedTuple):
     """One sample in the model's frame.
 
-    image: (S_h, S_w, 3) uint8, zero where padded. target: (H, W) at the original size, or
-    (S_h, S_w) where `in_frame`. box: (4,) float32 in the frame's pixels, or None. A crop is a
-    picture of its own: its frame has the crop's size, its original size is what it shows.
+    image: (S_h, S_w, 3) uint8, zero where padded. rows: what is asked about it, at least one.
+    in_frame: where the targets lie. told: what the model is told, in words. A crop is a picture of
+    its own: its frame has the crop's size, its original size is what it shows.
     """
 
     image: np.ndarray
-    target: np.ndarray
-    box: np.ndarray | None
+    rows: tuple[Row, ...]
     frame: Frame
     in_frame: bool
     weight: float
     id: str
     path: str
+    told: str
 
     @property
     def frame_size(self) -> tuple[int, int]:
@@ -51,12 +69,11 @@ class Item(NamedTuple):
 class SegmentationDataset(torch.utils.data.Dataset):
     """Pairs of files as `Item`s, asked for by `SampleKey`: read, augmented, fitted, prompted.
 
-    image_size: (S_h, S_w) of the frame, or the side of a square. train: whether boxes are jittered.
-    crop: (h, w) of the random window of the frame that is the image instead, with target and box
-    (0: none); with boxes it holds an object. What is random follows from (seed, key.epoch,
-    key.index).
-    Reading raises UserError, also for a picture without object under `--prompt box` and
-    `--empty_masks skip`: those are to be left out by the scan's report.
+    image_size: (S_h, S_w) of the frame, or the side of a square. train: whether prompts are drawn,
+    and at most `prompt.max_objects` rows of an image. crop: (h, w) of the random window of the
+    frame that is the image instead (0: none); under a prompt it holds an object. What is random
+    follows from (seed, key.epoch, key.index) and the object. Reading raises UserError, also for a
+    picture that shows nothing to ask about: those are to be left out by the scan's report.
     """
 
     def __init__(
@@ -71,11 +88,8 @@ class SegmentationDataset(torch.utils.data.Dataset):
         train: bool = False,
         crop: int | tuple[int, int] = 0,
     ):
-        if prompt.box_scale <= 0:
-            raise UserError(f"--box_scale {prompt.box_scale}: must be more than 0")
-        if prompt.box_jitter < 0:
-            raise UserError(f"--box_jitter {prompt.box_jitter}: must not be negative")
-        self.pairs, self.read, self.prompt = pairs, read, prompt
+        check_questions(read, prompt)
+        self.pairs, self.read, self.prompt = pairs, settle_objects(read, prompt), prompt
         self.image_size, self.crop = Size.read(image_size), Size.read(crop)
         self.loss_resolution, self.augment, self.seed = loss_resolution, augment, seed
         self.train = train
@@ -86,52 +100,91 @@ class SegmentationDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, key: SampleKey) -> Item:
         place = (self.seed, key.epoch, key.index)
-        sample = read_sample(self.pairs[key.index], self.read).sample
-        sample = augment(sample, self.augment, place)
-        frame_size, resize, boxed = self.image_size, self.read.resize, self.prompt.prompt == "box"
+        whole = read_sample(self.pairs[key.index], self.read).sample
+        sample = augment(whole, self.augment, place)
+        if self._asks and not things_of(sample, self.read) and things_of(whole, self.read):
+            sample = whole  # what was asked about has left the picture
+        frame_size, resize = self.image_size, self.read.resize
         if self.crop:
-            sample = random_crop(sample, frame_size, self.crop, resize, place, hold_object=boxed)
+            sample = random_crop(sample, frame_size, self.crop, resize, place, self._asks)
             frame_size, resize = self.crop, "keep"
         image, frame = fit_image(sample.image, frame_size, resize)
         in_frame = bool(self.crop) or self.loss_resolution == "frame"
-        target = fit_mask(sample.mask, frame, frame_size) if in_frame else sample.mask
-        box = None
-        if boxed:
-            corners = np.reshape(self._box(sample, place), (2, 2))
-            box = frame.scale_xy(corners).reshape(4).astype(np.float32)
-        return Item(image, target, box, frame, in_frame, key.weight, sample.id, sample.image_path)
+        rows = tuple(
+            Row(
+                f"{sample.id}#{thing.name}" if thing.name else sample.id,
+                fit_mask(target, frame, frame_size) if in_frame else target,
+                self._prompt(target, frame, image.shape[:2], (*place, thing.number)),
+            )
+            for thing in self._things(sample, place)
+            for target in [self._target(sample, thing)]
+        )
+        return Item(
+            image, rows, frame, in_frame, key.weight, sample.id, sample.image_path,
+            in_words(self.prompt),
+        )  # fmt: skip
 
-    def _box(self, sample: Sample, place: tuple[int, int, int]) -> tuple[float, ...]:
-        box = box_from_mask(sample.mask, self.prompt.box_scale)
-        if box is None:
+    @property
+    def _asks(self) -> bool:
+        """Whether rows are about objects; else each image is one row, whatever it shows."""
+        return self.prompt.prompt != "none" or self.read.objects != "mask"
+
+    def _things(self, sample: Sample, place: tuple[int, int, int]) -> list[Thing]:
+        if not self._asks:
+            return [EVERYTHING]
+        things = things_of(sample, self.read)
+        if not things:
+            if self.read.objects != "mask":
+                raise UserError(f"{sample.mask_path}: has no object to ask about; leave it out")
             if self.prompt.empty_masks == "skip":
                 raise UserError(
                     f"{sample.mask_path}: has no object to put a box around; leave it out, or use "
                     "--empty_masks whole"
                 )
-            return box_from_mask(np.ones_like(sample.mask))
-        if self.train and self.prompt.box_jitter:
-            rng = np.random.default_rng(stream("jitter", place))
-            box = jitter_box(box, self.prompt.box_jitter, sample.mask.shape, rng)
-        return box
+            return [EVERYTHING]
+        most = self.prompt.max_objects
+        if self.train and 0 < most < len(things):
+            rng = np.random.default_rng(stream("objects", place))
+            things = [things[i] for i in sorted(rng.choice(len(things), most, replace=False))]
+        return things
+
+    def _target(self, sample: Sample, thing: Thing) -> np.ndarray:
+        if answers_classes(self.read.num_classes, self.prompt.prompt) and not self._asks:
+            return sample.mask
+        return target_of(sample, thing, self.read)
+
+    def _prompt(self, target, frame: Frame, frame_size, words) -> RowPrompt:
+        if self.prompt.prompt == "none":
+            return RowPrompt()
+        return make_prompt(target, frame, frame_size, self.prompt, self.train, words)
 
 
 def collate(items: Sequence[Item]) -> Batch:
-    """One batch; pictures of different sizes share a canvas that is `IGNORE` outside of each."""
-    frames = Frames.collate([item.frame for item in items], items[0].frame_size)
+    """One batch; pictures of different sizes share a canvas that is `IGNORE` outside of each.
+
+    Its rows are those of the first item, then those of the second, and so on; but where prompts of
+    several kinds share the batch, those with fewer tokens come first.
+    """
+    asked = [(i, row) for i, item in enumerate(items) for row in item.rows]
+    asked.sort(key=lambda pair: pair[1].prompt.tokens)
+    rows, owners = [row for _, row in asked], [items[i] for i, _ in asked]
     image = torch.from_numpy(np.stack([item.image for item in items]))  # (B, S_h, S_w, 3)
-    boxes = None
-    if items[0].box is not None:
-        boxes = torch.from_numpy(np.stack([item.box for item in items]))  # (B, 4)
+    prompts = collate_prompts([row.prompt for row in rows])
+    index = [i for i, _ in asked]
+    if index != list(range(len(items))):
+        prompts = prompts._replace(image_index=torch.tensor(index))
+    weights = [item.weight / len(item.rows) for item in owners]
     return Batch(
         image=image.permute(0, 3, 1, 2).contiguous(),  # (B, 3, S_h, S_w)
-        target=torch.from_numpy(_stack_on_canvas([item.target for item in items])),
-        prompts=Prompts(boxes=boxes),
-        frames=frames,
-        weight=torch.tensor([item.weight for item in items], dtype=torch.float32),
+        target=torch.from_numpy(_stack_on_canvas([row.target for row in rows])),
+        prompts=prompts,
+        frames=Frames.collate([item.frame for item in items], items[0].frame_size),
+        weight=torch.tensor(weights, dtype=torch.float32),
         ids=[item.id for item in items],
         paths=[item.path for item in items],
         in_frame=items[0].in_frame,
+        row_names=[row.name for row in rows],
+        told=items[0].told,
     )
 
 

@@ -70,6 +70,17 @@ def mask_from(
     return is_object.astype(np.uint8), remark
 
 
+def numbers_from(decoded: Decoded, path: str | Path) -> np.ndarray:
+    """A mask file that numbers its objects, as (H, W) int64: 0 background, any other one object."""
+    if decoded.lossy:
+        raise UserError(f"{path}: JPEG does not keep the numbers of objects; save masks as PNG")
+    values = _one_channel(decoded.array, decoded.lossy, path)
+    numbers = values.astype(np.int64)
+    if (numbers != values).any() or (numbers < 0).any():
+        raise UserError(f"{path}: numbers of objects are whole and not negative")
+    return numbers
+
+
 def _class_ids(values: np.ndarray, lossy: bool, read: ReadOptions, path: str | Path) -> np.ndarray:
     """(H, W) uint8 class ids; what the file marks as ignored becomes `IGNORE`."""
     if lossy:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-_PURPOSES = ("order", "augment", "jitter", "crop")  # each has a stream of its own
+_PURPOSES = ("order", "augment", "jitter", "crop", "objects", "prompt")  # each has its own stream
 
 
 def stream(purpose: str, words: Iterable[int]) -> np.random.SeedSequence:

@@ -9,16 +9,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from samtune.config import ReadOptions, Size
+from samtune.config import PromptOptions, ReadOptions, Size
 from samtune.data.class_shares import ClassShares, Unknown, class_names
 from samtune.data.codings import UnknownValues, coding_of
 from samtune.data.files import Pair
 from samtune.data.images import parse_range
 from samtune.data.loading import cores_per_process
+from samtune.data.objects import settle_objects, things_of
 from samtune.data.samples import NOTES, read_sample
 from samtune.data.transforms import fit_scale
 from samtune.errors import UserError
-from samtune.structures import IGNORE
 
 _MOSTLY_FOREGROUND = 0.6
 _SLIVER = "images are so narrow that they become one pixel wide in the model's frame"
@@ -80,7 +80,7 @@ class ScanReport:
             for kind, (count, first) in self.notes.items()
         ]
         if self.empty:
-            what = "have no labelled pixel" if self.classes.number > 1 else "show no object"
+            what = "show background only" if self.classes.number > 1 else "show no object"
             lines.append(
                 f"{len(self.empty)} of {self.images} images {what} (for example {self.empty[0]})"
             )
@@ -146,13 +146,14 @@ def _scan(pair: Pair, read: ReadOptions, frame_size: Size) -> ScanReport:
     counts = np.bincount(sample.mask.ravel(), minlength=256)
     several = read.num_classes > 1
     fraction = counts[1] / sample.mask.size
+    asked = settle_objects(read, PromptOptions())  # as under a prompt: else nothing is left out
     lines = [NOTES[note] for note in notes]
     size = sample.mask.shape
     if frame_size and min(size) * fit_scale(size, frame_size) < 0.5:
         lines.append(_SLIVER)
     return ScanReport(
         images=1,
-        empty=[] if (counts[:IGNORE].any() if several else fraction) else [pair.id],
+        empty=[] if things_of(sample, asked) else [pair.id],
         sizes=Counter([size]),
         foreground_sum=0.0 if several else float(fraction),
         foreground=side,

@@ -38,10 +38,12 @@ def augment(sample: Sample, name: str, seed: int | Sequence[int]) -> Sample:
         np.random.default_rng(seeds),
         random.Random(int.from_bytes(seeds.generate_state(4).tobytes(), "little")),
     )
-    variant = transform(image=sample.image, mask=sample.mask)
+    layers = {"masks": list(sample.layers)} if sample.layers else {}
+    variant = transform(image=sample.image, mask=sample.mask, **layers)
     if _shows_object(sample.mask) and not _shows_object(variant["mask"]):
         return sample
-    return replace(sample, image=variant["image"], mask=variant["mask"])
+    layers = tuple(variant["masks"]) if sample.layers else ()
+    return replace(sample, image=variant["image"], mask=variant["mask"], layers=layers)
 
 
 def _shows_object(mask: np.ndarray) -> bool:
@@ -105,7 +107,9 @@ def random_crop(
         if len(pixels := np.argwhere(_is_object(mask))):
             centred = np.clip(rng.choice(pixels) - extent // 2, 0, room)
             window = _window(centred, extent)
-    return replace(sample, image=image[window], mask=mask[window])
+    layers = [_resize(layer, size, Image.Resampling.NEAREST) for layer in sample.layers]
+    layers = tuple(layer[window] for layer in layers)
+    return replace(sample, image=image[window], mask=mask[window], layers=layers)
 
 
 def _window(corner: np.ndarray, extent: np.ndarray) -> tuple[slice, slice]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -34,10 +34,11 @@ class Counter(Protocol):
 class Evaluation:
     """What a set of images scored.
 
-    scores: mean over rows by name, equal on all ranks. rows: on rank 0 one dict per row, "id" and
-    each score, sorted by id; empty elsewhere. prompt: what the model was told, read off the batches
-    themselves ("box", "points", "box+points" or "none"): a score without it says little, since the
-    box of the true mask gives much away. counts: the counter's sum over rows, None without one.
+    scores: mean over rows by name, equal on all ranks. rows: on rank 0 one dict per row, "id" (the
+    row's name) and each score, sorted by id; empty elsewhere. prompt: what the model was told, read
+    off the batches themselves ("box", "2 points", "none", ...): a score without it says little,
+    since the box of the true mask gives much away. counts: the counter's sum over rows, None
+    without one.
     """
 
     scores: dict[str, float]
@@ -51,7 +52,8 @@ class Evaluator:
 
     model: the unwrapped model, or None for scorers that look at the batch alone. scorers: their
     names must differ. counter: further scores, from sums over the whole set. precision: 'auto',
-    'fp32', 'bf16' or 'fp16', of the forward pass only.
+    'fp32', 'bf16' or 'fp16', of the forward pass only. decode_rows: rows that are decoded and
+    scored at once, the images being encoded once for all; 0: all of a batch.
     """
 
     def __init__(
@@ -61,8 +63,10 @@ class Evaluator:
         process: Process,
         precision: str = "fp32",
         counter: Counter | None = None,
+        decode_rows: int = 0,
     ):
         self.model, self.scorers, self.counter = model, scorers, counter
+        self.decode_rows = decode_rows
         self.process, self.precision = process, resolve_precision(precision, process.device)
 
     def run(
@@ -74,8 +78,8 @@ class Evaluator:
         """Collective. Score every row of every rank's loader once; some loaders may be empty.
 
         progress: told 1 after each batch. on_batch: shown each prediction with its batch, on the
-        device. The mean is the exactly rounded one of all rows, so it does not depend on how they
-        were dealt. Raises UserError on all ranks if one of them meets it.
+        device, in parts of `decode_rows` rows. The mean is the exactly rounded one of all rows, so
+        it does not depend on how they were dealt. Raises UserError on all ranks if one meets it.
         """
         rows, prompt, counts, error = [], None, None, None
         try:
@@ -96,21 +100,19 @@ class Evaluator:
         names, ids, values, prompt, counts = [], [], [], None, None
         with _eval_mode(self.model):
             for batch in loader:
-                prompt = _prompt_of(batch.prompts)
+                prompt = batch.told or _prompt_of(batch.prompts)
                 ids += _row_ids(batch)  # before the copy: reading a GPU tensor would wait for it
-                real = batch.weight > 0
-                batch = batch.to(self.process.device)
-                prediction = self._predict(batch)
-                scores = self._row_scores(prediction, batch)
-                names = list(scores)
-                rows = torch.stack([score.double() for score in scores.values()], dim=1)
-                values.append((rows, real))
-                if self.counter:
-                    more = self.counter(prediction, batch)
-                    more = (more * _beside(batch.weight > 0, more)).sum(0)
-                    counts = more if counts is None else counts + more
-                if on_batch:
-                    on_batch(prediction, batch)
+                for prediction, part, real in self._predict(batch):
+                    scores = self._row_scores(prediction, part)
+                    names = list(scores)
+                    rows = torch.stack([score.double() for score in scores.values()], dim=1)
+                    values.append((rows, real))
+                    if self.counter:
+                        more = self.counter(prediction, part)
+                        more = (more * _beside(part.weight > 0, more)).sum(0)
+                        counts = more if counts is None else counts + more
+                    if on_batch:
+                        on_batch(prediction, part)
                 if progress:
                     progress(1)
         table = [row for rows, real in values for row in rows.cpu()[real].tolist()]
@@ -123,11 +125,27 @@ class Evaluator:
             None if counts is None else counts.cpu(),
         )
 
-    def _predict(self, batch: Batch) -> Prediction | None:
+    def _predict(self, batch: Batch) -> Iterator[tuple[Prediction | None, Batch, Tensor]]:
+        """Answers with the rows that they are about, on the device; and which count, on the CPU."""
+        real = (batch.weight > 0).split(self.decode_rows or len(batch.weight))
+        batch = batch.to(self.process.device)
+        parts = batch.in_parts(self.decode_rows)
+        features = self._encode(batch) if self.model and len(parts) > 1 else None
+        for part, counts in zip(parts, real, strict=True):
+            yield self._answer(part, features), part, counts
+
+    def _encode(self, batch: Batch) -> Tensor:
+        with autocast(self.precision, self.process.device):
+            return self.model.encode(batch.image, batch.frames.valid_size)
+
+    def _answer(self, batch: Batch, features: Tensor | None) -> Prediction | None:
+        """What the model says; features: of the batch's images, where they are known already."""
         if self.model is None:
             return None
         with autocast(self.precision, self.process.device):
-            return self.model(batch.image, batch.prompts, batch.frames.valid_size)
+            if features is None:
+                return self.model(batch.image, batch.prompts, batch.frames.valid_size)
+            return self.model.answer(features, batch.prompts, tuple(batch.image.shape[-2:]))
 
     def _row_scores(self, prediction: Prediction | None, batch: Batch) -> dict[str, Tensor]:
         scores: dict[str, Tensor] = {}
@@ -176,12 +194,11 @@ def _beside(values: Tensor, other: Tensor) -> Tensor:
 
 
 def _row_ids(batch: Batch) -> list[str]:
-    """The image id of each row of real weight."""
-    index = batch.prompts.image_index
-    of_row = range(len(batch.ids)) if index is None else index.tolist()
-    return [batch.ids[i] for i, weight in zip(of_row, batch.weight.tolist(), strict=True) if weight]
+    """The name of each row of real weight: its own, else the id of its image."""
+    names = batch.row_names or [batch.ids[i] for i in batch.image_of_row]
+    return [name for name, weight in zip(names, batch.weight.tolist(), strict=True) if weight]
 
 
 def _prompt_of(prompts: Prompts) -> str:
-    parts = {"box": prompts.boxes, "points": prompts.points}
+    parts = {"box": prompts.boxes, "points": prompts.points, "mask": prompts.masks}
     return "+".join(name for name, part in parts.items() if part is not None) or "none"

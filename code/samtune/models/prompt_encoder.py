@@ -13,7 +13,7 @@ import math
 
 import torch
 from segment_anything.modeling import PromptEncoder
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from samtune.structures import Prompts
@@ -29,15 +29,17 @@ def embed_prompts(
 
     frame_size: height and width, pixels, of the frame that the prompts lie in; None for the
     encoder's own. T is N + 1 for N points alone (SAM appends one padding point), 2 for a box alone,
-    N + 2 for both, 0 without either.
+    N + 2 for both, 0 without either, N where rows have lengths of their own (they come last).
     """
     frame_size = frame_size or encoder.input_image_size
     tokens = []
     if prompts.points is not None:
         points, labels = prompts.points, prompts.point_labels
-        if prompts.boxes is None:
+        if prompts.boxes is None and prompts.lengths is None:
             points, labels = F.pad(points, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=-1)
-        tokens.append(_embed_points(encoder, points, labels, frame_size))
+        tokens.append(
+            _embed_points(encoder, points, labels, frame_size, prompts.lengths is not None)
+        )
     if prompts.boxes is not None:
         corners = _encode(encoder, _to_unit(encoder, prompts.boxes.reshape(-1, 2, 2), frame_size))
         kinds = [encoder.point_embeddings[2].weight, encoder.point_embeddings[3].weight]
@@ -47,20 +49,41 @@ def embed_prompts(
     return torch.cat(tokens, dim=1)
 
 
-def parts_read(encoder: PromptEncoder, prompt: str) -> list[nn.Module]:
-    """What a forward with this kind of prompt (a value of --prompt) reads and a loss could train.
+def embed_masks(encoder: PromptEncoder, prompts: Prompts, grid: tuple[int, int]) -> Tensor:
+    """(1 or R, C, h or 1, w or 1): the dense prompt for features on a grid of h x w cells.
 
-    The random frequencies of positions are a buffer. A further kind of prompt is a row here: points
-    read the first two point embeddings and, without a box beside them, `not_a_point_embed`; a mask
-    reads `mask_downscaling` in the place of `no_mask_embed`. What is listed must have a gradient in
-    every step, whatever the step asks about: distributed training waits for it.
+    SAM's encoder reads masks four times as fine; those on another grid are resized (bilinear).
     """
-    _, _, first_corner, second_corner = encoder.point_embeddings
-    read = {
-        "none": [encoder.no_mask_embed],
-        "box": [first_corner, second_corner, encoder.no_mask_embed],
-    }
-    return read[prompt]
+    if prompts.masks is None:
+        return no_mask(encoder)
+    masks = prompts.masks.to(encoder.no_mask_embed.weight.dtype)
+    size = (4 * grid[0], 4 * grid[1])
+    if masks.shape[-2:] != size:
+        masks = F.interpolate(masks, size, mode="bilinear", align_corners=False)
+    dense = encoder.mask_downscaling(masks)  # (R, C, h, w)
+    if prompts.mask_given is None:
+        return dense
+    return dense.where(prompts.mask_given[:, None, None, None], no_mask(encoder))
+
+
+def parts_used(prompt: str, refine_steps: int = 0) -> frozenset[str]:
+    """The submodules of the prompt encoder that a training step under `--prompt prompt` reads.
+
+    All others get no gradient, whatever the data: with DistributedDataParallel they must be frozen.
+    """
+    near, far = "point_embeddings.2", "point_embeddings.3"
+    points = {"point_embeddings.0", "point_embeddings.1", "not_a_point_embed"}
+    used = {
+        "box": {near, far, "no_mask_embed"},
+        "whole_image": {near, far, "no_mask_embed"},
+        "point": points | {"no_mask_embed"},
+        "points": points | {"no_mask_embed"},
+        "box+points": points | {near, far, "no_mask_embed"},
+        "mask": {"mask_downscaling"},
+        "mixed": points | {near, far, "no_mask_embed", "mask_downscaling"},
+        "none": {"no_mask_embed"},
+    }[prompt]
+    return frozenset(used | points | {"mask_downscaling"} if refine_steps else used)
 
 
 def no_mask(encoder: PromptEncoder) -> Tensor:
@@ -80,17 +103,17 @@ def position_encoding(encoder: PromptEncoder, grid: tuple[int, int]) -> Tensor:
 
 
 def _embed_points(
-    encoder: PromptEncoder, points: Tensor, labels: Tensor, frame_size: tuple[int, int]
+    encoder: PromptEncoder,
+    points: Tensor,
+    labels: Tensor,
+    frame_size: tuple[int, int],
+    with_corners: bool,
 ) -> Tensor:
     """(R, N, 2) pixels and (R, N) labels -> (R, N, C); a padding point is its vector alone."""
     label = labels[..., None]
     encoding = _encode(encoder, _to_unit(encoder, points, frame_size)).masked_fill(label == -1, 0)
-    kinds = (
-        (-1, encoder.not_a_point_embed),
-        (0, encoder.point_embeddings[0]),
-        (1, encoder.point_embeddings[1]),
-    )
-    for value, embedding in kinds:
+    named = encoder.point_embeddings if with_corners else encoder.point_embeddings[:2]
+    for value, embedding in [(-1, encoder.not_a_point_embed), *enumerate(named)]:
         encoding = encoding + (label == value) * embedding.weight
     return encoding
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from samtune.config import Size
 from samtune.errors import UserError
 from samtune.models.mask_decoder import ClassDecoder, decode_masks
-from samtune.models.prompt_encoder import embed_prompts, no_mask, position_encoding
+from samtune.models.prompt_encoder import embed_masks, embed_prompts, position_encoding
+from samtune.models.refinement import with_corrections
 from samtune.models.weights import LoadReport
 from samtune.structures import Prediction, Prompts
 
@@ -52,11 +53,17 @@ class PromptedSam(nn.Module):
         when nothing is padded. Returns logits (R, C, 4h, 4w) for a grid of h x w patches; C is 1,
         or K with a decoder for K classes.
         """
-        return self.decode(self.encode(image, valid_size), prompts, tuple(image.shape[-2:]))
+        return self.answer(self.encode(image, valid_size), prompts, tuple(image.shape[-2:]))
 
     def encode(self, image: Tensor, valid_size: Tensor | None = None) -> Tensor:
         """(B, 3, S_h, S_w) uint8 -> (B, C, h, w) features, which any prompts can share."""
         return self.image_encoder(self.preprocess(image, valid_size))
+
+    def answer(self, features: Tensor, prompts: Prompts, frame_size: tuple[int, int]) -> Prediction:
+        """What `encode` returned and prompts -> the answer, after the corrections they ask for."""
+        if prompts.corrections is None:
+            return self.decode(features, prompts, frame_size)
+        return with_corrections(self.decode, features, prompts, frame_size)
 
     def decode(
         self,
@@ -74,10 +81,30 @@ class PromptedSam(nn.Module):
         image_pe = self.image_pe(features)
         with torch.autocast(features.device.type, enabled=False):
             sparse = embed_prompts(self.prompt_encoder, prompts, len(features), frame_size)
-            dense = no_mask(self.prompt_encoder)
-        logits, iou = decode_masks(self.mask_decoder, features, image_pe, sparse, dense)
+            dense = embed_masks(self.prompt_encoder, prompts, tuple(features.shape[-2:]))
+        logits, iou = self._decode_runs(prompts, features, image_pe, sparse, dense)
         # The IoU head of a decoder for K classes starts anew and no loss reads it.
         return Prediction(logits, None if isinstance(self.mask_decoder, ClassDecoder) else iou)
+
+    def _decode_runs(
+        self, prompts: Prompts, features: Tensor, image_pe: Tensor, sparse: Tensor, dense: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`decode_masks`, one call for all rows with equally many tokens: padding would be seen."""
+        runs = prompts.runs(len(features))
+        if len(runs) == 1 and runs[0][1] in (None, sparse.shape[1]):
+            return decode_masks(self.mask_decoder, features, image_pe, sparse, dense)
+        answers = [
+            decode_masks(
+                self.mask_decoder,
+                features[rows],
+                image_pe if len(image_pe) == 1 else image_pe[rows],
+                sparse[rows, sparse.shape[1] - length :],
+                dense if len(dense) == 1 else dense[rows],
+            )
+            for rows, length in runs
+        ]
+        logits, iou = (torch.cat(parts) for parts in zip(*answers, strict=True))
+        return logits, iou
 
     def image_pe(self, features: Tensor) -> Tensor:
         """(R, C, h, w) features -> (1 or R, C, h, w): where the decoder is to believe each cell."""
