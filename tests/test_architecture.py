@@ -11,7 +11,9 @@ GROUND = {"errors", "structures", "config", "flags", "run_folder", "tensor_files
 WINGS = {"models", "data", "metrics", "losses", "engine"}
 VERBS = {"train", "evaluate", "importing", "merging", "compare", "benchmark", "adapter_table"}
 # Composition that verbs share. It imports the wings and is imported by verbs only.
-COMPOSED = {"pipeline", "trained", "pictures", "gallery", "complexity", "sources"}
+COMPOSED = {
+    "pipeline", "trained", "pictures", "gallery", "complexity", "sources", "answers", "judging",
+}  # fmt: skip
 
 # room -> the rooms it may import beside itself
 MAY_IMPORT = {

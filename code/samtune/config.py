@@ -43,6 +43,7 @@ class Size(NamedTuple):
     def __repr__(self) -> str:
         return str(self.plain)
 
+
 # What a model can be told. 'mixed' is one of the others, drawn for each question in training.
 PROMPTS = ("box", "point", "points", "box+points", "mask", "whole_image", "mixed", "none")
 
@@ -363,6 +364,19 @@ class EvaluateOptions:
     zero_shot: bool = option(True, "score the untuned SAM beside the tuned one")
     prompt: str = option(
         "", "score under another prompt than the run's; empty: the run's", ("", *PROMPTS)
+    )
+    prompts: str = option(
+        "",
+        "score under several prompts in one table, with commas between: exact_box, jittered_box, "
+        "whole_image, centre_point, points, box+points, rough_mask, none",
+    )
+    protocol: str = option(
+        "",
+        "whose metrics: binary, cod, sod, shadow, polyp, semantic, gsam_soft, synapse, instances; "
+        "empty: the data set's, else binary or, with classes, semantic",
+    )
+    protocol_mode: str = option(
+        "", "which of the protocol's conventions; empty: its first (a wrong one lists them)"
     )
     precision: str = option("fp32", "number format", ("fp32", "bf16", "fp16"))
 

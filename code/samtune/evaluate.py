@@ -1,4 +1,4 @@
-"""The verb `evaluate`: score a trained run beside the untuned SAM and the filled box."""
+"""The verb `evaluate`: score a trained run beside the untuned SAM, under one prompt or several."""
 
 from __future__ import annotations
 
@@ -8,43 +8,45 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
+from samtune import __version__
 from samtune.adapters import ADAPTERS
 from samtune.config import (
     EvaluateConfig,
-    LossOptions,
+    EvaluateOptions,
     ModelOptions,
     PromptOptions,
     ReadOptions,
     TestDataOptions,
     answers_classes,
 )
+from samtune.data.catalog_rows import DATASETS
+from samtune.data.objects import check_questions, settle_objects
+from samtune.data.prompts import prompts_to_score
 from samtune.engine import distributed
 from samtune.engine.checkpoint import read_metadata
 from samtune.engine.distributed import Process
-from samtune.engine.evaluator import Evaluation, Evaluator
 from samtune.engine.logbook import Logbook
 from samtune.errors import UserError
-from samtune.gallery import Pictures, draw_classes, draw_object
-from samtune.losses import make_loss
-from samtune.metrics.classes import majority, per_class
-from samtune.pipeline import (
-    check_pairs,
-    evaluation_loader,
-    filled_box,
-    usable,
-    validation_scores,
-)
+from samtune.gallery import Pictures, drawing_of
+from samtune.judging import Bench, Judged
+from samtune.metrics.protocols import PROTOCOLS, choose
+from samtune.pipeline import check_pairs, usable
 from samtune.run_folder import RunFolder, newest
 from samtune.sources import scored_set
+from samtune.tensor_files import file_sha256
 from samtune.trained import load_trained, load_untuned, options_of, trained_file
 
 EXAMPLES = 6  # pictures on the sheet
+_SAID = {"box": "the box of the true mask", "none": "nothing"}
 
 
 def run(config: EvaluateConfig, process: Process) -> dict:
     """Score; write scores.json, scores.csv, examples.png. Returns the content of scores.json.
 
-    Raises UserError on all ranks for a run, a checkpoint or test data that cannot be used.
+    Raises UserError on all ranks for a run, a checkpoint, a prompt, a protocol or test data that
+    cannot be used.
     """
     wanted = config.evaluate
     with distributed.together():
@@ -54,9 +56,11 @@ def run(config: EvaluateConfig, process: Process) -> dict:
         folder = RunFolder(wanted.output_dir or file.parent)
     if len(names := test.test_datasets.split(",")) > 1:
         return _run_each(config, names, file, folder, process)
+    first = next(iter(prompts.values()))
     with distributed.together():
         own = metadata["config"].get("dataset", "").split("+")
         dataset, pairs, read = scored_set(test, read, own, config.given)
+        protocol = _protocol(wanted, dataset, read, first)
         models = {"tuned": load_trained(file, wanted.checkpoint)}
         if wanted.zero_shot and (untuned := load_untuned(file, wanted.checkpoint)):
             models["zero_shot"] = untuned
@@ -65,79 +69,53 @@ def run(config: EvaluateConfig, process: Process) -> dict:
     logbook = Logbook.console(process)
     if wanted.zero_shot and "zero_shot" not in models:
         logbook.say("SAM itself cannot take frames of this size, so it is not scored beside")
-    report = check_pairs("test", pairs, read, models["tuned"].image_size, process, logbook)
-    with distributed.together():
-        asked = usable("test", pairs, report, prompts, logbook)
-
     image_size = models["tuned"].image_size
-    loader = evaluation_loader(asked, read, prompts, image_size, config.loader, process)
-    task = read.num_classes, prompts.prompt
-    loss = make_loss(LossOptions(), *task)
-    scorers, counter = validation_scores(*task)
-    results: dict[str, Evaluation] = {}
-    shown = {pair.id for pair in asked[:: max(1, len(asked) // EXAMPLES)][:EXAMPLES]}
-    by_id = {pair.id: pair for pair in asked}
-    draw = draw_classes(read) if answers_classes(*task) else draw_object(read)
-    pictures = Pictures(folder, by_id, shown, draw)
-    for name, model in models.items():
-        evaluator = Evaluator(
-            model.to(process.device), [loss.scores, *scorers], process, wanted.precision, counter
-        )  # fmt: skip
-        keep_all = wanted.save_predictions and name == "tuned"
-        with logbook.progress(len(loader), f"scoring {name}") as bar:
-            results[name] = evaluator.run(
-                loader, bar.update, lambda p, b, n=name, k=keep_all: pictures.take(n, p, b, k)
-            )
-    if prompts.prompt == "box":
-        evaluator = Evaluator(None, [filled_box], process, "fp32")
-        results["box_filled"] = evaluator.run(loader)
-    if counter:
-        guess = majority(results["tuned"].counts)
-        results["majority"] = Evaluation(counter.scores(guess), [], "none")
-    pictures.write_sheet(list(models))
+    report = check_pairs("test", pairs, read, image_size, process, logbook)
+    with distributed.together():
+        asked = usable("test", pairs, report, read, first, logbook)
 
-    scores = {name: result.scores for name, result in results.items()} | {
+    bench = Bench(
+        asked, read, config.loader, image_size, protocol, wanted.precision, process, logbook,
+        majority=max(range(read.num_classes), key=lambda c: report.classes.pixels[c]),
+    )  # fmt: skip
+    pictures = Pictures(
+        folder,
+        {pair.id: pair for pair in asked},
+        shown={pair.id for pair in asked[:: max(1, len(asked) // EXAMPLES)][:EXAMPLES]},
+        draw=drawing_of(read, first.prompt, DATASETS[dataset].colours if dataset else ()),
+        keep_all="tuned" if wanted.save_predictions else "",
+    )
+    judged = {}  # by prompt, then by model
+    for name, options in prompts.items():
+        judged[name] = bench.judge(models, options, pictures.take if options is first else None)
+    pictures.write_sheet(list(models))
+    scores = _scores(judged) | {
         "images": len(asked),
         "skipped_empty": len(pairs) - len(asked),
-        "prompt": prompts.prompt,
-        "box_scale": prompts.box_scale,
-        "run": str(file),
-        **{k: metadata["config"][k] for k in ("adapter", "model_type", "train")},
+        "prompt": first.prompt,
+        "box_scale": first.box_scale,
+        "num_classes": read.num_classes,
+        "objects": settle_objects(read, first).objects,
+        **_origin(file, metadata),
         "image_size": image_size.plain,
-        "epoch": metadata["epoch"],
-        "base_sha256": metadata["base_sha256"],
         "test_dataset": dataset,
         "test_image_dir": test.test_image_dir,
         "test_list": test.test_list,
         "test_slice": test.test_slice,
     }
-    if counter:
-        scores["num_classes"] = read.num_classes
-        scores["iou_per_class"] = {
-            name: _plain(per_class(result.counts)[0].tolist())
-            for name, result in results.items()
-            if result.counts is not None
-        }
     if process.is_main:
         folder.scores.write_text(json.dumps(scores, indent=2) + "\n")
-        _write_table(folder.table, results)
-        logbook.say(_format(results, scores))
+        _write_table(folder.table, next(iter(judged.values())))
+        logbook.say(_format(judged, scores))
         logbook.say(f"written: {folder.scores}, {folder.table}, {folder.examples}")
     return scores
-
-
-def _plain(values: list[float]) -> list[float | None]:
-    """NaN as null, for JSON."""
-    return [None if math.isnan(value) else round(value, 6) for value in values]
 
 
 def _run_each(config: EvaluateConfig, names: list[str], file: Path, folder, process) -> dict:
     """Score several test sets apart, each in a folder of its name; scores.json holds them all."""
     scores = {}
     for name in map(str.strip, names):
-        wanted = replace(
-            config.evaluate, run_dir=str(file), output_dir=str(folder.path / name)
-        )  # fmt: skip
+        wanted = replace(config.evaluate, run_dir=str(file), output_dir=str(folder.path / name))
         given = config.given | {"test_datasets": name}
         scores[name] = run(replace(config, evaluate=wanted, given=given), process)
     if process.is_main:
@@ -147,7 +125,7 @@ def _run_each(config: EvaluateConfig, names: list[str], file: Path, folder, proc
 
 def _inherit(
     config: EvaluateConfig, metadata: dict
-) -> tuple[TestDataOptions, ReadOptions, PromptOptions]:
+) -> tuple[TestDataOptions, ReadOptions, dict[str, PromptOptions]]:
     """Test data, reading rules and prompts as the run had them, except for what flags say."""
 
     def merge(group: type):
@@ -165,43 +143,145 @@ def _inherit(
         raise UserError("the run knows no test data: set --test_image_dir and --test_mask_dir "
                         "(TEST_IMAGE_DIR and TEST_MASK_DIR in eval.sh), --test_list or "
                         "--test_datasets")  # fmt: skip
-    prompts = merge(PromptOptions)
-    read = merge(ReadOptions)
-    ADAPTERS[metadata["adapter"]].check(
-        options_of(metadata, ModelOptions), prompts.prompt, read.num_classes
-    )
+    read, own = merge(ReadOptions), merge(PromptOptions)
+    prompts = prompts_to_score(config.evaluate.prompts, own) or {own.prompt: own}
+    for options in prompts.values():
+        _check_prompt(metadata, read, options)
     return test, read, prompts
 
 
-def _write_table(path: Path, results: dict[str, Evaluation]) -> None:
-    """One line per image, a column per model and score."""
-    columns = {
-        (name, score): {row["id"]: row[score] for row in result.rows}
-        for name, result in results.items()
-        if result.rows
-        for score in result.rows[0]
-        if score != "id"
+def _check_prompt(metadata: dict, read: ReadOptions, options: PromptOptions) -> None:
+    """Refuse a prompt that the run's model cannot be asked with."""
+    ADAPTERS[metadata["adapter"]].check(
+        options_of(metadata, ModelOptions), options.prompt, read.num_classes
+    )
+    check_questions(read, options)
+    trained = metadata["config"]["prompt"]
+    if answers_classes(read.num_classes, options.prompt) != answers_classes(
+        read.num_classes, trained
+    ):
+        raise UserError(
+            f"--prompt {options.prompt}: with several classes, a model trained under --prompt "
+            f"{trained} cannot be scored under it: one answers with a mask per class, the other "
+            "with one mask per question"
+        )
+
+
+def _protocol(
+    wanted: EvaluateOptions, dataset: str, read: ReadOptions, prompts: PromptOptions
+) -> tuple[str, str]:
+    """The protocol and its mode: what flags say, else the data set's where it fits the answers."""
+    classes = read.num_classes if answers_classes(read.num_classes, prompts.prompt) else 1
+    objects = settle_objects(read, prompts).objects
+    name = wanted.protocol
+    if not name:
+        usual = DATASETS[dataset].protocol if dataset else ""
+        name = "semantic" if classes > 1 else "binary"
+        if usual and objects == "mask" and (PROTOCOLS[usual].classes > 1) == (classes > 1):
+            name = usual
+    protocol, mode, _ = choose(name, wanted.protocol_mode, classes)
+    if protocol.answer == "instances" and objects not in ("component", "instance"):
+        raise UserError(
+            f"--protocol {name} scores single objects: the run asks about --objects {objects}"
+        )
+    return name, mode
+
+
+def _scores(judged: dict[str, dict[str, Judged]]) -> dict:
+    """What scores.json says of models, prompts and conventions."""
+    first = next(iter(judged.values()))
+    tuned = first["tuned"]
+    facts = {k: v for k, v in tuned.result.items() if k not in ("headlines", "scores", "counts")}
+    facts["versions"] |= {"samtune": __version__, "torch": torch.__version__}
+    several = {
+        "prompts": {
+            prompt: {"told": results["tuned"].told}
+            | {model: result.scores for model, result in results.items()}
+            for prompt, results in judged.items()
+        }
     }
+    return {
+        **{model: result.scores for model, result in first.items()},
+        **(several if len(judged) > 1 else {}),
+        "told": tuned.told,
+        "headlines": {model: result.headlines for model, result in first.items()},
+        "counts": tuned.result["counts"],
+        **facts,
+    }
+
+
+def _origin(file: Path, metadata: dict) -> dict:
+    """Which run was scored."""
+    return {
+        "run": str(file),
+        "run_sha256": file_sha256(file),
+        **{name: metadata["config"][name] for name in ("adapter", "model_type", "train")},
+        "epoch": metadata["epoch"],
+        "base_sha256": metadata["base_sha256"],
+    }
+
+
+def _write_table(path: Path, results: dict[str, Judged]) -> None:
+    """One line per picture (volume, object), a column per model and score."""
+    rows = {name: {row["id"]: row for row in result.table} for name, result in results.items()}
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["id", *(f"{name}_{score}" for name, score in columns)])
-        for row in next(iter(results.values())).rows:
-            writer.writerow([row["id"], *(f"{c[row['id']]:.6f}" for c in columns.values())])
+        columns = [
+            (name, score)
+            for name, result in results.items()
+            for score in (result.table[0] if result.table else ())
+            if score not in ("id", "group", "empty_truth", "ignored_pixels")
+        ]
+        writer.writerow(["id", "group", "empty_truth", "ignored_pixels"]
+                        + [f"{name}_{score}" for name, score in columns])  # fmt: skip
+        for key, row in rows["tuned"].items():
+            facts = [key, row["group"], int(row["empty_truth"]), row["ignored_pixels"]]
+            cells = (rows[name][key][score] for name, score in columns)
+            writer.writerow([*facts, *("" if math.isnan(c) else f"{c:.6f}" for c in cells)])
 
 
-def _format(results: dict[str, Evaluation], scores: dict) -> str:
-    """The table that people read."""
-    names = list(next(iter(results.values())).scores)
-    told = "the box of the true mask" if scores["prompt"] == "box" else "nothing"
-    lines = [f"{scores['images']} test images, prompt: {told}"]
-    lines.append(f"{'':12}" + "".join(f"{name:>10}" for name in names))
-    for label, result in results.items():
-        cells = (result.scores.get(name) for name in names)
-        lines.append(f"{label.replace('_', '-'):12}" + "".join(
-            f"{'-':>10}" if value is None else f"{value:10.5f}" for value in cells
-        ))  # fmt: skip
+def _format(judged: dict[str, dict[str, Judged]], scores: dict) -> str:
+    """The table that people read: a line per model, under several prompts per prompt and model."""
+    first = next(iter(judged.values()))
+    tuned = first["tuned"]
+    names = [*tuned.losses, *tuned.headlines]
+    width = max(len(label) for label in (*first, *(judged if len(judged) > 1 else ()))) + 2
+    told = f"prompt: {_SAID.get(tuned.told, tuned.told)}" if len(judged) == 1 else "by prompt"
+    protocol = scores["protocol"]
+    lines = [f"{scores['images']} test images, {told} ({protocol['name']}, {protocol['mode']})"]
+    lines.append(" " * width + "".join(f"{name:>{_column(name)}}" for name in names))
+    for prompt, results in judged.items():
+        if len(judged) > 1:
+            lines.append(f"{prompt}: {_SAID.get(results['tuned'].told, results['tuned'].told)}")
+        for label, result in results.items():
+            cells = ((result.scores.get(name), _column(name)) for name in names)
+            lines.append(f"{label.replace('_', '-'):{width}}" + "".join(
+                f"{'-':>{w}}" if value is None else f"{value:{w}.5f}" for value, w in cells
+            ))  # fmt: skip
+    return "\n".join(lines + _remarks(first, scores))
+
+
+def _column(name: str) -> int:
+    """How wide a score's column is."""
+    return max(10, len(name) + 2)
+
+
+def _remarks(results: dict[str, Judged], scores: dict) -> list[str]:
+    """What stands under the table."""
+    lines, tuned = [], results["tuned"]
+    spans = [
+        f"{name} {span[0]:.4f}..{span[1]:.4f}"
+        for name, headline in tuned.headlines.items()
+        if (span := headline["interval"])
+    ]
+    if spans:
+        lines.append(f"95 % intervals of tuned: {', '.join(spans)}")
+    classes = {n.removeprefix("iou/"): v for n, v in tuned.scores.items() if n.startswith("iou/")}
+    if classes:
+        told = (f"{name} {'-' if v is None else f'{v:.3f}'}" for name, v in classes.items())
+        lines.append(f"IoU of tuned per class: {', '.join(told)}")
     if not scores["base_sha256"] and "zero_shot" in results:
         lines.append("zero-shot: the same SAM before training, from random weights")
     if "majority" in results:
         lines.append("majority: the test set's most frequent class, everywhere")
-    return "\n".join(lines)
+    return lines

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from samtune.config import ReadOptions
+from samtune.config import ReadOptions, answers_classes
 from samtune.data.files import Pair
 from samtune.data.images import read_image
-from samtune.data.masks import read_mask
+from samtune.data.objects import EVERYTHING, target_of
+from samtune.data.samples import read_sample
 from samtune.engine import distributed
+from samtune.metrics.classes import class_map
 from samtune.pictures import (
     class_colours,
     overlay,
@@ -26,81 +28,107 @@ from samtune.pictures import (
 )
 from samtune.pipeline import original_boxes
 from samtune.run_folder import RunFolder
-from samtune.structures import Batch, Prediction
+from samtune.structures import Batch, Prediction, Sample
 
 
 @dataclass(frozen=True)
 class Drawing:
     """How answers become masks and pictures.
 
-    masks: (R, C, h, w) logits with their batch -> (R, canvas) uint8. truth: (image, true mask) ->
-    RGB. answer: (image, mask, true mask, box or None) -> RGB. write: a mask into a PNG. read_truth:
-    a mask file -> (H, W) uint8.
+    masks: (R, C, h, w) logits with their batch -> (R, T_h, T_w) uint8, where the target lies.
+    truth: (image, true mask) -> RGB. answer: (image, mask, true mask, box or None) -> RGB. write: a
+    mask into a PNG. shown: what a sample's mask shows, as `masks` would. read: how files are read.
     """
 
     masks: Callable[[Prediction, Batch], Tensor]
     truth: Callable
     answer: Callable
     write: Callable[[Path, np.ndarray], None]
+    shown: Callable[[Sample], np.ndarray]
     read: ReadOptions
 
 
-def draw_object(read: ReadOptions) -> Drawing:
-    """One kind of object: outlines over the image."""
+def drawing_of(read: ReadOptions, prompt: str, colours: Sequence[Sequence[int]] = ()) -> Drawing:
+    """Outlines of objects, or coloured classes where the model answers with a mask per class.
 
-    def masks(prediction: Prediction, batch: Batch) -> Tensor:
-        logits = batch.frames.restore(prediction.logits, batch.prompts.image_index)
-        return (logits[:, 0] > 0).to(torch.uint8)
+    colours: RGB by class id, where the data set has its own.
+    """
+    if not answers_classes(read.num_classes, prompt):
+        return _draw_objects(read)
+    table = np.array(colours, np.uint8) if colours else class_colours(read.num_classes)
+    return _draw_classes(read, table)
 
+
+def _draw_objects(read: ReadOptions) -> Drawing:
+    everything = replace(read, objects="mask")
     return Drawing(
-        masks, truth_picture, overlay, lambda path, mask: write_png(path, mask * 255), read
+        lambda prediction, batch: (batch.at_target(prediction.logits)[:, 0] > 0).to(torch.uint8),
+        truth_picture,
+        overlay,
+        lambda path, mask: write_png(path, mask * 255),
+        lambda sample: target_of(sample, EVERYTHING, everything),
+        read,
     )
 
 
-def draw_classes(read: ReadOptions) -> Drawing:
-    """Class maps: colours over the image."""
-    colours = class_colours(read.num_classes)
-
-    def masks(prediction: Prediction, batch: Batch) -> Tensor:
-        bands = batch.bands(read.num_classes)
-        answers = [batch.at_target(prediction.logits, band).argmax(1) for band in bands]
-        return torch.cat(answers, 1).to(torch.uint8)
-
+def _draw_classes(read: ReadOptions, colours: np.ndarray) -> Drawing:
     return Drawing(
-        masks,
+        class_map,
         lambda image, truth: paint_classes(image, truth, colours),
         lambda image, mask, truth, box: paint_classes(image, mask, colours),
         lambda path, mask: write_classes(path, mask, colours),
+        lambda sample: sample.mask,
         read,
     )
 
 
 class Pictures:
-    """Keeps the predicted masks that a picture needs, and draws them over their images."""
+    """Keeps the predicted masks that a picture needs, and draws them over their images.
 
-    def __init__(self, folder: RunFolder, pairs: dict[str, Pair], shown: set, draw: Drawing):
+    shown: ids of the images on the sheet. keep_all: the model whose every mask is written.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        pairs: dict[str, Pair],
+        shown: set[str],
+        draw: Drawing,
+        keep_all: str = "",
+    ):
         self.folder, self.pairs, self.shown, self.draw = folder, pairs, shown, draw
+        self.keep_all = keep_all
         self.masks: dict[str, dict[str, np.ndarray]] = {}  # id -> name of the model -> mask
-        self.boxes: dict[str, list[float]] = {}
+        self.boxes: dict[str, list[float] | None] = {}
 
-    def take(self, name: str, prediction: Prediction, batch: Batch, keep_all: bool) -> None:
-        """Look at one scored batch; with `keep_all` write every mask and overlay at once."""
+    def take(self, name: str, prediction: Prediction, batch: Batch) -> None:
+        """Look at one scored batch of a model; a mask in the frame is brought to its picture."""
+        keep_all = name == self.keep_all
         if not keep_all and not self.shown & set(batch.ids):
             return
+        batch = replace(batch, in_frame=False)
         masks = self.draw.masks(prediction, batch).cpu().numpy()
         boxes = original_boxes(batch)
-        for row, (key, (height, width)) in enumerate(
-            zip(batch.ids, batch.frames.original_size.tolist(), strict=True)
-        ):
+        sizes, images = batch.frames.original_size.tolist(), batch.image_of_row
+        for row, image in enumerate(images):
+            key, (height, width) = batch.ids[image], sizes[image]
             mask = masks[row, :height, :width]
             box = boxes[row].tolist() if boxes is not None else None
             if key in self.shown:
-                self.masks.setdefault(key, {})[name] = mask
-                self.boxes[key] = box
+                self._keep(name, key, mask, box if images.count(image) == 1 else None)
             if keep_all:
-                picture = self.draw.answer(self._image(key), mask, self._truth(key), box)
-                self.draw.write(self.folder.predictions / "masks" / f"{key}.png", mask)
-                write_png(self.folder.predictions / "overlays" / f"{key}.png", picture)
+                self._write((batch.row_names or batch.ids)[row], key, mask, box)
+
+    def _write(self, name: str, key: str, mask: np.ndarray, box: list[float] | None) -> None:
+        picture = self.draw.answer(self._image(key), mask, self._truth(key), box)
+        self.draw.write(self.folder.predictions / "masks" / f"{name}.png", mask)
+        write_png(self.folder.predictions / "overlays" / f"{name}.png", picture)
+
+    def _keep(self, name: str, key: str, mask: np.ndarray, box: list[float] | None) -> None:
+        """For the sheet: what the rows of an image show together."""
+        seen = self.masks.setdefault(key, {})
+        seen[name] = np.maximum(mask, seen.get(name, 0))
+        self.boxes[key] = box
 
     def write_sheet(self, names: list[str]) -> None:
         """On rank 0, write examples.png: image with truth, then each model's answer, per image."""
@@ -121,4 +149,4 @@ class Pictures:
         return read_image(self.pairs[key].image_path, self.draw.read)
 
     def _truth(self, key: str) -> np.ndarray:
-        return read_mask(self.pairs[key].mask_path, self.draw.read)
+        return self.draw.shown(read_sample(self.pairs[key], self.draw.read).sample)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from samtune.config import LoaderOptions, PromptOptions, ReadOptions, Size, answers_classes
@@ -18,8 +17,8 @@ from samtune.engine.evaluator import Scorer
 from samtune.engine.logbook import Logbook
 from samtune.errors import UserError
 from samtune.metrics.classes import ClassCounts
-from samtune.metrics.region import overlap, region_scores
-from samtune.structures import IGNORE, Batch, Prediction
+from samtune.metrics.region import region_scores
+from samtune.structures import Batch
 
 
 def check_pairs(
@@ -74,9 +73,13 @@ def evaluation_loader(
     image_size: Size,
     loader: LoaderOptions,
     process: Process,
+    resolution: str = "original",
 ):
-    """Batches of this rank's share of `pairs`, each image once, at original size."""
-    dataset = SegmentationDataset(pairs, read, image_size, prompts, "original")
+    """Batches of this rank's share of `pairs`, each image once.
+
+    resolution: of the targets, at each picture's "original" size or in the model's "frame".
+    """
+    dataset = SegmentationDataset(pairs, read, image_size, prompts, resolution)
     batches = eval_batches(len(pairs), loader.batch_size, process.rank, process.world)
     return make_loader(dataset, batches, loader.workers, process.device.type == "cuda")
 
@@ -96,18 +99,3 @@ def original_boxes(batch: Batch) -> Tensor | None:
     if batch.prompts.image_index is not None:
         scale = scale[batch.prompts.image_index]
     return (batch.prompts.boxes.double() * scale.flip(1).repeat(1, 2)).round()  # x, y, x, y
-
-
-def filled_box(prediction: Prediction | None, batch: Batch) -> dict[str, Tensor]:
-    """IoU and Dice of the box itself taken as the mask: what a prompt gives away, per row.
-
-    The prediction is not looked at. Same smoothing as the model's scores.
-    """
-    x0, y0, x1, y1 = original_boxes(batch)[:, :, None, None].unbind(1)  # each (R, 1, 1)
-    height, width = batch.target.shape[-2:]
-    y = torch.arange(height, device=batch.target.device)[None, :, None]
-    x = torch.arange(width, device=batch.target.device)[None, None, :]
-    inside = (x >= x0) & (x < x1) & (y >= y0) & (y < y1) & (batch.target != IGNORE)
-    truth = batch.target == 1
-    both = (inside & truth).sum((1, 2))
-    return overlap(both, inside.sum((1, 2)) + truth.sum((1, 2)))

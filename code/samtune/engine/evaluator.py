@@ -105,7 +105,9 @@ class Evaluator:
                 for prediction, part, real in self._predict(batch):
                     scores = self._row_scores(prediction, part)
                     names = list(scores)
-                    rows = torch.stack([score.double() for score in scores.values()], dim=1)
+                    rows = torch.zeros(len(part.weight), 0, dtype=torch.float64)
+                    if scores:
+                        rows = torch.stack([s.double() for s in scores.values()], dim=1)
                     values.append((rows, real))
                     if self.counter:
                         more = self.counter(prediction, part)

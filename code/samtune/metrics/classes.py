@@ -7,12 +7,20 @@ the truth nor the answer shows has no score and is left out of means.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from samtune.structures import IGNORE, Batch, Prediction
+
+
+def class_map(prediction: Prediction, batch: Batch) -> Tensor:
+    """(R, T_h, T_w) uint8: the class with the largest logit, where the target lies.
+
+    Computed band by band, see `Batch.bands`.
+    """
+    bands = batch.bands(prediction.logits.shape[1])
+    answers = [batch.at_target(prediction.logits, band).argmax(1) for band in bands]
+    return torch.cat(answers, 1).to(torch.uint8)
 
 
 class ClassCounts:
@@ -49,24 +57,10 @@ class ClassCounts:
     @staticmethod
     def scores(counts: Tensor) -> dict[str, float]:
         """(3, K) counts of a set -> means over its classes of IoU and Dice, and pixel accuracy."""
-        iou, dice = (_mean(values) for values in per_class(counts))
-        right, _, true = counts.sum(1).tolist()
-        return {"iou": iou, "dice": dice, "accuracy": right / true if true else math.nan}
-
-
-def per_class(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """(3, K) counts -> IoU and Dice of each class, (K,) float64, NaN for a class never seen."""
-    right, answered, true = counts.double()
-    return right / (answered + true - right), 2 * right / (answered + true)
-
-
-def majority(counts: Tensor) -> Tensor:
-    """(3, K) counts -> those of the answer that the most frequent true class is everywhere."""
-    true = counts[2]
-    most = torch.nn.functional.one_hot(true.argmax(), len(true))
-    return torch.stack([true * most, true.sum() * most, true])
-
-
-def _mean(values: Tensor) -> float:
-    """Of what is a number."""
-    return values.nanmean().item()
+        right, answered, true = counts.double()
+        iou, dice = right / (answered + true - right), 2 * right / (answered + true)
+        return {
+            "mIoU": iou.nanmean().item(),
+            "mDice": dice.nanmean().item(),
+            "pixel_accuracy": (right.sum() / true.sum()).item(),
+        }
