@@ -1,5 +1,6 @@
 """The verbs composed, in this process: what is refused before training, and what is scored."""
 
+import csv
 import json
 from dataclasses import fields, replace
 from pathlib import Path
@@ -276,22 +277,79 @@ def test_several_classes_are_trained_scored_and_drawn(config, layout):
         read=c.ReadOptions(num_classes=3, ignore_index=9),
         prompts=c.PromptOptions(prompt="none"),
         loss=c.LossOptions(dice_weight=0.5),
-        run=c.RunOptions(epoch=2, output_dir="run", best_by="iou"),
+        run=c.RunOptions(epoch=2, output_dir="run", best_by="mIoU"),
     )
     train(config, None, ALONE)
     records = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
-    assert {"loss", "ce", "dice_loss", "iou", "dice", "accuracy"} <= records[-1][
-        "validation"
-    ].keys()
+    assert {"loss", "ce", "dice_loss", "mIoU", "pixel_accuracy"} <= records[-1]["validation"].keys()
     scores = score(save_predictions=True)
     assert scores["tuned"]["loss"] < scores["zero_shot"]["loss"]
-    assert len(scores["iou_per_class"]["tuned"]) == scores["num_classes"] == 3
-    assert 0 < scores["majority"]["accuracy"] < 1 and scores["prompt"] == "none"
+    assert scores["protocol"]["name"] == "semantic" and scores["num_classes"] == 3
+    last = records[-1] if records[-1]["best"] else records[-2]
+    assert {f"iou/{c}" for c in range(3)} <= scores["tuned"].keys() and last["best"]
+    low, high = scores["headlines"]["tuned"]["mIoU"]["interval"]
+    assert low <= scores["tuned"]["mIoU"] <= high
+    assert 0 < scores["majority"]["pixel_accuracy"] < 1 and scores["prompt"] == "none"
     drawn = sorted(Path("run/predictions/masks").iterdir())
     assert len(drawn) == scores["images"] == 6
     with Image.open(drawn[0]) as picture:
         assert picture.mode == "P" and np.asarray(picture).max() < 3
     assert Path("run/examples.png").stat().st_size
+
+
+def test_the_score_that_chooses_the_best_epoch_must_be_measured(config):
+    asked = replace(config, run=replace(config.run, best_by="mIoU"))
+    with pytest.raises(UserError, match="--best_by mIoU: this run measures loss, iou, dice"):
+        train(asked, None, ALONE)
+
+
+def test_one_run_under_several_prompts_in_one_table(config, capsys):
+    """A score with the true box must not pass for what the model finds by itself."""
+    train(config, None, ALONE)
+    scores = score(prompts="exact_box,jittered_box,whole_image,centre_point,none")
+    by_prompt = scores["prompts"]
+    assert list(by_prompt) == [
+        "exact_box", "jittered_box", "whole_image", "centre_point", "none"
+    ]  # fmt: skip
+    assert by_prompt["exact_box"]["tuned"] == scores["tuned"]
+    assert (
+        by_prompt["exact_box"]["box_filled"]["iou"] > by_prompt["whole_image"]["box_filled"]["iou"]
+    )
+    assert "box_filled" not in by_prompt["none"]
+    assert len({prompt["tuned"]["loss"] for prompt in by_prompt.values()}) == 5
+    text = capsys.readouterr().out
+    assert "exact_box: the box of the true mask" in text and "none: nothing" in text
+    with pytest.raises(UserError, match="--prompts circle"):
+        score(prompts="circle")
+
+
+@pytest.mark.parametrize(
+    "protocol, score_name", [("cod", "S_measure"), ("shadow", "BER"), ("polyp", "iou")]
+)
+def test_the_protocol_says_what_is_measured(config, protocol, score_name):
+    train(config, None, ALONE)
+    scores = score(protocol=protocol)
+    assert scores["protocol"]["name"] == protocol and scores["tuned"][score_name] is not None
+    assert scores["policy"] and scores["versions"]["torch"] and len(scores["run_sha256"]) == 64
+    with pytest.raises(UserError, match="semantic"):
+        score(protocol="semantic")
+
+
+def test_classes_under_boxes_are_questions_of_their_own(config):
+    class_masks(Path("sample"))
+    config = replace(
+        config,
+        read=c.ReadOptions(
+            num_classes=3, ignore_index=9, class_names="ground,left,right", ask_classes="right"
+        ),
+    )
+    train(config, None, ALONE)
+    scores = score()
+    assert scores["objects"] == "class" and scores["protocol"]["name"] == "binary"
+    rows = list(csv.DictReader(Path("run/scores.csv").open()))
+    assert rows and all(row["id"].endswith("#right") for row in rows)
+    with pytest.raises(UserError, match="cannot be scored under it"):
+        score(prompt="none")
 
 
 def test_class_ids_that_are_none_are_said_before_training(config):

@@ -143,6 +143,11 @@ class ReadOptions:
     background: int = option(
         0, "with --num_classes: the class that no question is about; -1: ask about every class"
     )
+    ask_classes: str = option(
+        "",
+        "with --num_classes: names or ids of the only classes that questions are about, with "
+        "commas between; empty: all but --background",
+    )
     min_area: int = option(1, "components and instances of fewer pixels are not asked about")
     intensity_range: str = option(
         "auto",
@@ -325,7 +330,9 @@ class RunOptions:
     seed: int = option(21, "of weights, data order and augmentation")
     deterministic: bool = option(False, "bitwise repeatable on a GPU too, at some cost in time")
     best_by: str = option(
-        "loss", "validation score that says which epoch is best", ("loss", "iou", "dice")
+        "loss",
+        "validation score that says which epoch is best; mIoU: of a model with a mask per class",
+        ("loss", "iou", "dice", "mIoU"),
     )
     patience: int = option(
         -1, "epochs without improvement before stopping; -1: half of --epoch; 0: never stop"

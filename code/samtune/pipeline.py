@@ -84,11 +84,17 @@ def evaluation_loader(
     return make_loader(dataset, batches, loader.workers, process.device.type == "cuda")
 
 
-def validation_scores(num_classes: int, prompt: str) -> tuple[list[Scorer], ClassCounts | None]:
-    """What is measured while training: scores of rows, or counts of classes over the set."""
-    if answers_classes(num_classes, prompt):
-        return [], ClassCounts(num_classes)
-    return [region_scores], None
+def validation_scores(
+    num_classes: int, prompt: str, best_by: str
+) -> tuple[list[Scorer], ClassCounts | None]:
+    """What is measured while training: scores of rows, or counts of classes over the set.
+
+    Raises UserError if the score that chooses the best epoch is not among them.
+    """
+    classes = answers_classes(num_classes, prompt)
+    if best_by not in (known := ("loss", "mIoU") if classes else ("loss", "iou", "dice")):
+        raise UserError(f"--best_by {best_by}: this run measures {', '.join(known)}")
+    return ([], ClassCounts(num_classes)) if classes else ([region_scores], None)
 
 
 def original_boxes(batch: Batch) -> Tensor | None:

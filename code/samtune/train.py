@@ -130,6 +130,7 @@ def _build(config: TrainConfig) -> tuple[PromptedSam, dict]:
     classes = config.read.num_classes
     adapter.check(config.model, config.prompts.prompt, classes, config.data.crop)
     check_questions(config.read, config.prompts)
+    validation_scores(classes, config.prompts.prompt, config.run.best_by)
     base = find_checkpoint(config.model)
     seed, prompt = config.run.seed, config.prompts.prompt
     model = build_model(config.model, config.adapter, prompt, base, seed, classes)
@@ -177,7 +178,7 @@ def _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state):
     )  # fmt: skip
     task = config.read.num_classes, config.prompts.prompt
     criterion = make_loss(config.loss, *task)
-    scorers, counter = validation_scores(*task)
+    scorers, counter = validation_scores(*task, run.best_by)
     if options.activation_checkpointing:
         checkpoint_activations(model.image_encoder)
     wrapped = distributed.wrap(model, process)

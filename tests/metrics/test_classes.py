@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
 from samtune import structures
-from samtune.metrics.classes import ClassCounts, majority, per_class
+from samtune.metrics.classes import ClassCounts, class_map
 from samtune.structures import IGNORE, Batch, Frame, Frames, Prediction, Prompts
 
 K = 4
@@ -44,19 +42,14 @@ def test_counts_are_those_of_a_confusion_matrix(values, monkeypatch):
 
 
 def test_a_class_that_is_nowhere_is_left_out_and_one_only_answered_scores_zero():
-    counts = torch.tensor([[5, 0, 0], [6, 1, 0], [6, 1, 0]])
-    iou, dice = per_class(counts)
-    assert iou[:2].tolist() == [5 / 7, 0] and math.isnan(iou[2])
-    assert dice[:2].tolist() == [10 / 12, 0]
-    scores = ClassCounts.scores(counts)
-    assert scores == {"iou": 5 / 14, "dice": 5 / 12, "accuracy": 5 / 7}
+    scores = ClassCounts.scores(torch.tensor([[5, 0, 0], [6, 1, 0], [6, 1, 0]]))
+    assert scores == {"mIoU": 5 / 14, "mDice": 5 / 12, "pixel_accuracy": 5 / 7}
     only_answered = ClassCounts.scores(torch.tensor([[4, 0], [4, 2], [6, 0]]))
-    assert only_answered["iou"] == (4 / 6 + 0) / 2
+    assert only_answered["mIoU"] == (4 / 6 + 0) / 2
 
 
-def test_the_majority_class_everywhere():
-    true = torch.tensor([10, 30, 60])
-    counts = majority(torch.stack([true // 2, true, true]))
-    assert counts.tolist() == [[0, 0, 60], [0, 0, 100], [10, 30, 60]]
-    assert ClassCounts.scores(counts)["accuracy"] == 0.6
-    assert ClassCounts.scores(counts)["iou"] == pytest.approx(0.2)
+def test_the_class_map_is_the_largest_logit_whatever_the_bands(monkeypatch):
+    prediction, batch, answer = random_batch()
+    whole = class_map(prediction, batch)
+    monkeypatch.setattr(structures, "_BAND_VALUES", 100)
+    assert (whole == answer).all() and (class_map(prediction, batch) == whole).all()

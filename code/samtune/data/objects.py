@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 
 from samtune.config import PromptOptions, ReadOptions
+from samtune.data.class_shares import class_names
 from samtune.errors import UserError
 from samtune.structures import IGNORE, Sample
 
@@ -56,6 +58,9 @@ def check_questions(read: ReadOptions, prompt: PromptOptions) -> None:
             f"--background {read.background}: with --num_classes {read.num_classes} it is a class "
             f"from 0 to {read.num_classes - 1}, or -1 for none"
         )
+    if read.ask_classes and read.num_classes < 2:
+        raise UserError(f"--ask_classes {read.ask_classes} needs --num_classes K of 2 or more")
+    classes_asked(read)
     if read.objects == "class" and read.num_classes < 2:
         raise UserError("--objects class needs --num_classes K of 2 or more")
     if read.objects == "instance" and read.num_classes > 1:
@@ -64,11 +69,23 @@ def check_questions(read: ReadOptions, prompt: PromptOptions) -> None:
         raise UserError(f"--refine_steps {prompt.refine_steps} corrects an answer to a --prompt")
 
 
+@lru_cache
+def classes_asked(read: ReadOptions) -> tuple[int, ...]:
+    """Ids of the classes that questions are about. Raises UserError for one that is unknown."""
+    if not read.ask_classes:
+        return tuple(c for c in range(read.num_classes) if c != read.background)
+    names = class_names(read)
+    asked = []
+    for part in map(str.strip, read.ask_classes.split(",")):
+        if part not in names and not (part.isdigit() and int(part) < read.num_classes):
+            raise UserError(f"--ask_classes {part}: there are {', '.join(names)}")
+        asked.append(names.index(part) if part in names else int(part))
+    return tuple(sorted(set(asked)))
+
+
 def foreground(mask: np.ndarray, read: ReadOptions) -> np.ndarray:
-    """(H, W) bool: what is neither background nor unread."""
-    if read.num_classes < 2:
-        return mask == 1
-    return (mask != read.background) & (mask != IGNORE)
+    """(H, W) bool: what questions are about."""
+    return mask == 1 if read.num_classes < 2 else np.isin(mask, classes_asked(read))
 
 
 def things_of(sample: Sample, read: ReadOptions) -> list[Thing]:
@@ -76,8 +93,8 @@ def things_of(sample: Sample, read: ReadOptions) -> list[Thing]:
     if read.objects == "mask":
         return [EVERYTHING] if foreground(sample.mask, read).any() else []
     if read.objects == "class":
-        classes = np.flatnonzero(np.bincount(sample.mask.ravel(), minlength=IGNORE)[:IGNORE])
-        return [Thing(str(c), c) for c in classes.tolist() if c != read.background]
+        pixels, names = np.bincount(sample.mask.ravel(), minlength=256), class_names(read)
+        return [Thing(names[c], c) for c in classes_asked(read) if pixels[c]]
     return [
         Thing(sample.names[number], number, layer)
         for layer, values in enumerate(sample.layers)
@@ -156,7 +173,8 @@ def with_masks(
 def _regions(mask: np.ndarray, read: ReadOptions) -> list[tuple[np.ndarray, str]]:
     if read.num_classes < 2:
         return [(mask == 1, "")]
-    return [(mask == c, f"{c}:") for c in range(read.num_classes) if c != read.background]
+    names = class_names(read)
+    return [(mask == c, f"{names[c]}:") for c in classes_asked(read)]
 
 
 def _values(taken: int, count: int, path: str) -> list[int]:
