@@ -75,8 +75,8 @@ def test_the_box_is_that_of_the_object_in_the_window(tmp_path):
     dataset = dataset_of(tmp_path, a_picture())
     for epoch in range(40):
         item = dataset[SampleKey(epoch, 0)]
-        assert item.box.tolist() == list(box_from_mask(item.target))
-        assert ((item.image[..., 2] == 255) == (item.target == 1)).all()
+        assert item.rows[0].prompt.box.tolist() == list(box_from_mask(item.rows[0].target))
+        assert ((item.image[..., 2] == 255) == (item.rows[0].target == 1)).all()
 
 
 def test_a_batch_of_crops_is_a_batch_of_small_frames(tmp_path):
@@ -100,17 +100,17 @@ def test_a_picture_that_is_shorter_than_the_window_is_padded(tmp_path):
     narrow = a_picture((20, 90), (slice(5, 15), slice(0, 90)))  # fitted into (60, 90) as it is
     item = dataset_of(tmp_path, narrow)[SampleKey(0, 0)]
     assert item.image.shape == (24, 32, 3) and item.frame.valid_size == (20, 32)
-    assert not item.image[20:].any() and (item.target[20:] == IGNORE).all()
-    assert (item.target[:20] != IGNORE).all() and (item.target[5:15] == 1).all()
-    assert item.box.tolist() == [0, 5, 31, 15]
+    assert not item.image[20:].any() and (item.rows[0].target[20:] == IGNORE).all()
+    assert (item.rows[0].target[:20] != IGNORE).all() and (item.rows[0].target[5:15] == 1).all()
+    assert item.rows[0].prompt.box.tolist() == [0, 5, 31, 15]
 
 
 def test_with_boxes_every_window_holds_an_object(tmp_path):
     speck = a_picture(object_=(slice(2, 4), slice(40, 42)))
     boxed, plain = dataset_of(tmp_path, speck), dataset_of(tmp_path, speck, NONE)
     keys = [SampleKey(epoch, 0) for epoch in range(60)]
-    assert all((boxed[key].target == 1).any() for key in keys)
-    assert not all((plain[key].target == 1).any() for key in keys)
+    assert all((boxed[key].rows[0].target == 1).any() for key in keys)
+    assert not all((plain[key].rows[0].target == 1).any() for key in keys)
     assert len({boxed[key].image.tobytes() for key in keys}) > 10, "not always the same window"
 
 
@@ -131,7 +131,7 @@ def test_an_object_that_resizing_loses_keeps_one_pixel():
 def test_an_image_without_object_is_cut_too(tmp_path):
     empty = a_picture(object_=(slice(0), slice(0)))
     item = dataset_of(tmp_path, empty, PromptOptions(empty_masks="whole"))[SampleKey(0, 0)]
-    assert item.box.tolist() == [0, 0, 31, 23] and not item.target.any()
+    assert item.rows[0].prompt.box.tolist() == [0, 0, 31, 23] and not item.rows[0].target.any()
     with pytest.raises(UserError, match="no object"):
         dataset_of(tmp_path, empty)[SampleKey(0, 0)]
 

@@ -93,23 +93,22 @@ def random_crop(
     """
     size = fit_size(sample.image.shape[:2], frame_size, resize)
     image = _resize(sample.image, size, Image.Resampling.BILINEAR)
-    mask = _resize(sample.mask, size, Image.Resampling.NEAREST)
-    if hold_object and not _is_object(mask).any():
-        mask = _with_a_pixel_of(sample.mask, mask)
+    fitted = sample.moved(image, lambda plane: _resize(plane, size, Image.Resampling.NEAREST))
+    if hold_object and not _objects(fitted).any():
+        fitted = _with_a_pixel_of(sample, fitted)
+    held = _objects(fitted)
     extent = np.minimum(size, crop)
     room = np.subtract(size, extent)  # how far the window can move on each axis
     rng = np.random.default_rng(stream("crop", seed))
     for _ in range(_CROP_DRAWS):
         window = _window(rng.integers(0, room + 1), extent)
-        if not hold_object or _is_object(mask[window]).any():
+        if not hold_object or held[window].any():
             break
     else:
-        if len(pixels := np.argwhere(_is_object(mask))):
+        if len(pixels := np.argwhere(held)):
             centred = np.clip(rng.choice(pixels) - extent // 2, 0, room)
             window = _window(centred, extent)
-    layers = [_resize(layer, size, Image.Resampling.NEAREST) for layer in sample.layers]
-    layers = tuple(layer[window] for layer in layers)
-    return replace(sample, image=image[window], mask=mask[window], layers=layers)
+    return fitted.moved(image[window], lambda plane: plane[window])
 
 
 def _window(corner: np.ndarray, extent: np.ndarray) -> tuple[slice, slice]:
@@ -120,14 +119,22 @@ def _is_object(mask: np.ndarray) -> np.ndarray:
     return (mask != 0) & (mask != IGNORE)
 
 
-def _with_a_pixel_of(original: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """`mask`, in which resizing lost the object of `original`, with one pixel of it: a box needs
-    one. Without any object, `mask` as it is.
+def _objects(sample: Sample) -> np.ndarray:
+    """(H, W) bool: the single objects where there are some, else all that the mask shows."""
+    return np.any([_is_object(plane) for plane in sample.layers or (sample.mask,)], axis=0)
+
+
+def _with_a_pixel_of(original: Sample, fitted: Sample) -> Sample:
+    """`fitted`, in which resizing lost the object of `original`, with one pixel of it: a box needs
+    one. Without any object, `fitted` as it is.
     """
-    if len(pixels := np.argwhere(_is_object(original))):
-        kept = pixels[len(pixels) // 2]
-        mask[tuple(kept * mask.shape // original.shape)] = original[tuple(kept)]
-    return mask
+    if not len(pixels := np.argwhere(_objects(original))):
+        return fitted
+    kept = pixels[len(pixels) // 2]
+    planes = [fitted.mask.copy(), *(layer.copy() for layer in fitted.layers)]
+    for plane, source in zip(planes, (original.mask, *original.layers), strict=True):
+        plane[tuple(kept * plane.shape // source.shape)] = source[tuple(kept)]
+    return replace(fitted, mask=planes[0], layers=tuple(planes[1:]))
 
 
 def fit_scale(size: tuple[int, int], frame_size: tuple[int, int]) -> float:
