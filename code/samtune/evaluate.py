@@ -103,8 +103,10 @@ def run(config: EvaluateConfig, process: Process) -> dict:
         "test_list": test.test_list,
         "test_slice": test.test_slice,
     }
+    text = json.dumps(scores, indent=2)
+    scores = json.loads(text)  # what is returned is what the file says, lists for tuples
     if process.is_main:
-        folder.scores.write_text(json.dumps(scores, indent=2) + "\n")
+        folder.scores.write_text(text + "\n")
         _write_table(folder.table, next(iter(judged.values())))
         logbook.say(_format(judged, scores))
         logbook.say(f"written: {folder.scores}, {folder.table}, {folder.examples}")
@@ -143,7 +145,8 @@ def _inherit(
         raise UserError("the run knows no test data: set --test_image_dir and --test_mask_dir "
                         "(TEST_IMAGE_DIR and TEST_MASK_DIR in eval.sh), --test_list or "
                         "--test_datasets")  # fmt: skip
-    read, own = merge(ReadOptions), merge(PromptOptions)
+    own = merge(PromptOptions)
+    read = settle_objects(merge(ReadOptions), options_of(metadata, PromptOptions))
     prompts = prompts_to_score(config.evaluate.prompts, own) or {own.prompt: own}
     for options in prompts.values():
         _check_prompt(metadata, read, options)

@@ -192,8 +192,6 @@ def _thaw(model: PromptedSam, options: ModelOptions, prompt: str, whole: bool) -
         thaw_decoder(model)
         thaw_prompt_encoder(model, prompt)
     elif options.train == "prompt_encoder":
-        if prompt == "mixed":
-            raise UserError("--train prompt_encoder needs one kind of --prompt, not mixed")
         if not hasattr(model, "prompt_encoder"):
             raise UserError(
                 f"--train prompt_encoder: --adapter {options.adapter} takes no prompts and has none"

@@ -43,11 +43,10 @@ def thaw_decoder(sam: Sam | PromptedSam) -> None:
 def thaw_prompt_encoder(model: PromptedSam, prompt: str) -> None:
     """Let what this kind of prompt reads of the prompt encoder train, and nothing else of it.
 
-    An adapter that takes no prompts has none. With prompts of several kinds no step is sure to read
-    any of it, and distributed training waits for a gradient of all that trains; clicks that correct
-    an answer read further parts, which stay frozen.
+    An adapter that takes no prompts has none. What only clicks that correct an answer read stays
+    frozen.
     """
-    if hasattr(model, "prompt_encoder") and prompt != "mixed":
+    if hasattr(model, "prompt_encoder"):
         for name in parts_used(prompt):
             model.prompt_encoder.get_submodule(name).requires_grad_(True)
 
