@@ -87,8 +87,9 @@ def _counts(row: Adapter, flags: dict) -> tuple[str, str]:
     """Trainable parameters and MACs; `flags` are the model's or the adapter's own."""
     own = dict(flags)
     model_type = own.pop("model_type", MODEL_TYPE)
-    side = own.pop("image_size", row.image_size or MODEL_TYPES[model_type].image_size)
-    asked = ModelOptions(model_type=model_type, adapter=row.name, image_size=side, train="adapter")
+    size = own.pop("image_size", 0)
+    asked = ModelOptions(model_type, adapter=row.name, image_size=size, train="adapter")
+    frame = row.frame_size(asked)
     model = build_weightless(asked, row.options(**own))
-    giga = count_macs(model, (side, side)) / 1e9
-    return f"{count_trainable(model):,}", f"{giga:,.1f} G at {side}"
+    giga = count_macs(model, frame) / 1e9
+    return f"{count_trainable(model):,}", f"{giga:,.1f} G at {frame}"
