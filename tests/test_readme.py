@@ -6,7 +6,8 @@ import sys
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
-from samtune import adapter_table, config, errors
+import run_sa
+from samtune import config, errors
 from samtune.adapters import ADAPTERS
 from samtune.data.catalog_rows import DATASETS
 from samtune.data.catalog_rows import table as table_of_datasets
@@ -51,9 +52,11 @@ def test_every_launcher_flag_exists():
         assert named and named <= flags(), script
 
 
-def test_the_tables_of_adapters_are_what_the_verb_prints():
+def test_the_tables_of_adapters_are_what_the_verb_prints(capsys):
     text = README.split("<!--adapters-->\n")[1].split("<!--/adapters-->")[0]
-    assert text == adapter_table.run(), "put in what `code/run_sa.py adapters` prints"
+    assert run_sa.main(["adapters"]) == 0
+    assert capsys.readouterr().out == text, "put in what `code/run_sa.py adapters` prints"
+    assert run_sa.main(["adapters", "--rank", "4"]) == errors.EXIT_USER_ERROR
 
 
 def test_the_table_of_data_sets_is_that_of_the_code():

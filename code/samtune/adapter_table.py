@@ -5,7 +5,7 @@ from __future__ import annotations
 from samtune.adapters import ADAPTERS
 from samtune.adapters.base import Adapter
 from samtune.complexity import build_weightless, count_macs, count_trainable
-from samtune.config import ModelOptions
+from samtune.config import PROMPTS, ModelOptions
 from samtune.models import MODEL_TYPES
 
 COLUMNS = (
@@ -33,8 +33,8 @@ FORMS = (
 EXPLANATION = """
 trainable: numbers that training changes, with `--model_type {model_type}`, pretrained weights and
 default options. MACs: multiply-accumulates of one image's forward pass without a prompt: all matrix
-products, convolutions and attention products, nothing else. backbones: `vit` is {vit};
-`tiny_vit` is {tiny_vit}. Other forms:
+products, convolutions and attention products, nothing else. prompts: any is {any}.
+backbones: `vit` is {vit}; `tiny_vit` is {tiny_vit}. Other forms:
 
 """
 
@@ -43,11 +43,12 @@ def run() -> str:
     """The adapters as Markdown: a row each, then other forms of them."""
     adapters = [_row(row) for row in ADAPTERS.values()]
     forms = [_form(name, flags) for name, flags in FORMS]
-    families = {
+    names = {
         family: ", ".join(f"`{n}`" for n, sizes in MODEL_TYPES.items() if sizes.backbone == family)
         for family in ("vit", "tiny_vit")
     }
-    explanation = EXPLANATION.format(model_type=MODEL_TYPE, **families)
+    names["any"] = ", ".join(f"`{prompt}`" for prompt in PROMPTS)
+    explanation = EXPLANATION.format(model_type=MODEL_TYPE, **names)
     return (
         format_table(COLUMNS, adapters)
         + explanation
@@ -69,9 +70,10 @@ def frame_rule(row: Adapter) -> str:
 
 def _row(row: Adapter) -> list[str]:
     """What the first table says of an adapter."""
+    prompts = "any" if row.prompts == PROMPTS else ", ".join(row.prompts)
     classes = "one or several" if row.several_classes else "one"
     return [
-        f"`{row.name}`", row.summary, *_counts(row, {}), ", ".join(row.prompts), frame_rule(row),
+        f"`{row.name}`", row.summary, *_counts(row, {}), prompts, frame_rule(row),
         ", ".join(row.backbones), classes, row.source,
     ]  # fmt: skip
 
@@ -87,8 +89,9 @@ def _counts(row: Adapter, flags: dict) -> tuple[str, str]:
     """Trainable parameters and MACs; `flags` are the model's or the adapter's own."""
     own = dict(flags)
     model_type = own.pop("model_type", MODEL_TYPE)
-    side = own.pop("image_size", row.image_size or MODEL_TYPES[model_type].image_size)
-    asked = ModelOptions(model_type=model_type, adapter=row.name, image_size=side, train="adapter")
+    size = own.pop("image_size", 0)
+    asked = ModelOptions(model_type, adapter=row.name, image_size=size, train="adapter")
+    frame = row.frame_size(asked)
     model = build_weightless(asked, row.options(**own))
-    giga = count_macs(model, (side, side)) / 1e9
-    return f"{count_trainable(model):,}", f"{giga:,.1f} G at {side}"
+    giga = count_macs(model, frame) / 1e9
+    return f"{count_trainable(model):,}", f"{giga:,.1f} G at {frame}"

@@ -38,7 +38,7 @@ ADAPTERS: dict[str, Adapter] = {
         module="samtune.adapters.decoder",
         prompts=PROMPTS,
         backbones=("vit", "tiny_vit"),
-        source="Kyyle2114/Fine-tuning-Segment-Anything a7cf899",
+        source="arXiv 2304.02643; Kyyle2114/Fine-tuning-Segment-Anything a7cf899",
         mergeable=True,
         renames=((r"^image_encoder\.(norm_head|head)\..*$", None),),  # MobileSAM's classifier
     ),
@@ -91,7 +91,7 @@ ADAPTERS: dict[str, Adapter] = {
         module="samtune.adapters.samus",
         prompts=PROMPTS,
         backbones=("vit",),
-        source="arXiv 2309.06824; xianlin7/SAMUS 030ed07",
+        source="arXiv 2309.06824; xianlin7/SAMUS 030ed07, usagisukisuki/G-SAM 31dfd1c (the same)",
         image_size=256,
         stride=8,
         needs="patches that can overlap",
@@ -124,8 +124,8 @@ ADAPTERS: dict[str, Adapter] = {
         module="samtune.adapters.lora",
         prompts=PROMPTS,
         backbones=("vit", "tiny_vit"),
-        source="arXiv 2106.09685; hitachinsk/SAMed e351840 (samed), "
-        "usagisukisuki/G-SAM 31dfd1c (gsam)",
+        source="arXiv 2106.09685; hitachinsk/SAMed e351840 (samed; arXiv 2304.13785), "
+        "usagisukisuki/G-SAM 31dfd1c (gsam; arXiv 2408.12406)",
         mergeable=True,
         renames=(
             (r"^(image_encoder\.blocks\.\d+)\.(lora_[qkv]\..*)$", r"\1.attn.qkv.\2"),
@@ -141,7 +141,7 @@ ADAPTERS: dict[str, Adapter] = {
         prompts=PROMPTS,
         backbones=("vit", "tiny_vit"),
         source="arXiv 2401.17868; autogluon/autogluon f34ebb4f6 (original), "
-        "usagisukisuki/G-SAM 31dfd1c (gsam)",
+        "usagisukisuki/G-SAM 31dfd1c (gsam; arXiv 2408.12406)",
         renames=(
             (r"^(image_encoder\.blocks\.\d+)\.(lora_[qkv]\..*)$", r"\1.attn.qkv.\2"),
             (r"^.*\.lora_moe_gating\.(mean|std)$", None),  # of the normal distribution: 0 and 1

@@ -1,5 +1,6 @@
 """Mask-decoder tuning: image and prompt encoder stay as they are.
 
+Paper: "Segment Anything", arXiv 2304.02643, whose mask decoder trains on.
 Source: Kyyle2114/Fine-tuning-Segment-Anything a7cf899.
 Deviation: heads that no loss reads stay frozen instead of decaying.
 """
