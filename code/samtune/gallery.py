@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from samtune.config import ReadOptions, answers_classes
+from samtune.data.codings import colours_of
 from samtune.data.files import Pair
 from samtune.data.images import read_image
 from samtune.data.objects import EVERYTHING, target_of
@@ -51,12 +52,13 @@ class Drawing:
 def drawing_of(read: ReadOptions, prompt: str, colours: Sequence[Sequence[int]] = ()) -> Drawing:
     """Outlines of objects, or coloured classes where the model answers with a mask per class.
 
-    colours: RGB by class id, where the data set has its own.
+    colours: RGB by class id, where the data set has its own; `--class_colours` win over them.
     """
     if not answers_classes(read.num_classes, prompt):
         return _draw_objects(read)
-    table = np.array(colours, np.uint8) if colours else class_colours(read.num_classes)
-    return _draw_classes(read, table)
+    own = colours_of(read) or list(colours)
+    colours = own or class_colours(read.num_classes)
+    return _draw_classes(read, np.array(colours, np.uint8))
 
 
 def _draw_objects(read: ReadOptions) -> Drawing:

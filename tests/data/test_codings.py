@@ -6,7 +6,13 @@ from PIL import Image
 
 from samtune.config import ReadOptions
 from samtune.data.class_shares import class_names
-from samtune.data.codings import CODINGS, UnknownValues, coding_of, parse_colours
+from samtune.data.codings import (
+    CODINGS,
+    UnknownValues,
+    coding_of,
+    colours_of,
+    parse_colours,
+)
 from samtune.data.files import Pair
 from samtune.data.masks import read_mask
 from samtune.data.scan import ScanReport, scan_pairs
@@ -187,3 +193,10 @@ def test_names_default_to_ids():
         "sky", "traffic light",
     ]  # fmt: skip
     assert coding_of(ReadOptions()) is None
+
+
+def test_colours_of_classes_are_those_of_the_flag_in_the_order_of_the_ids():
+    assert colours_of(ReadOptions(class_colours="0,0,0;255,1,2;ignore=9,9,9;3,0,4")) == [
+        (0, 0, 0), (255, 1, 2), (3, 0, 4)
+    ]  # fmt: skip
+    assert colours_of(ReadOptions()) == []

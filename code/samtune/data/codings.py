@@ -161,6 +161,15 @@ def parse_colours(text: str) -> Table:
     return Table(entries, classes, "--class_colours", by="colour")
 
 
+def colours_of(read: ReadOptions) -> list[tuple[int, int, int]]:
+    """RGB by class id, where `--class_colours` gives them; else none."""
+    if not read.class_colours:
+        return []
+    entries = parse_colours(read.class_colours).entries
+    by_id = {id: value for value, id in entries.items() if id != IGNORE}
+    return [(by_id[i] >> 16, by_id[i] >> 8 & 255, by_id[i] & 255) for i in range(len(by_id))]
+
+
 def _colours(rows: dict[int, tuple[tuple[int, int, int], ...]]) -> dict[int, int]:
     return {(r << 16) + (g << 8) + b: id for id, colours in rows.items() for r, g, b in colours}
 
