@@ -141,7 +141,7 @@ def test_an_object_of_255_with_two_classes_is_suspected(tmp_path):
     remarks = scan_pairs(pairs, ReadOptions(num_classes=2)).remarks
     assert any("leave --num_classes out" in line for line in remarks)
     blank = scan_pairs([save(tmp_path, "b", [[255, 255]])], ReadOptions(num_classes=2))
-    assert blank.empty == ["b"] and "1 of 1 images have no labelled pixel" in blank.remarks[0]
+    assert blank.empty == ["b"] and "1 of 1 images show background only" in blank.remarks[0]
 
 
 def test_ids_read_as_one_object_are_told_the_flag(tmp_path):
