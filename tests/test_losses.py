@@ -14,7 +14,7 @@ from samtune.errors import UserError
 from samtune.losses import (
     ClassLoss,
     MaskLoss,
-    balanced_bce,
+    balanced_bce_rows,
     bce_rows,
     iou_loss_rows,
     make_loss,
@@ -69,7 +69,7 @@ def test_values_are_those_of_the_parents_probability_formulas():
     )
 
 
-@pytest.mark.parametrize("loss", [bce_rows, iou_loss_rows])
+@pytest.mark.parametrize("loss", [bce_rows, balanced_bce_rows, iou_loss_rows])
 def test_ignored_pixels_change_neither_value_nor_gradient(loss):
     logits, target = random_rows()
     target[:, 5:] = IGNORE
@@ -83,12 +83,25 @@ def test_ignored_pixels_change_neither_value_nor_gradient(loss):
     assert (whole.grad[:, 5:] == 0).all()
 
 
-def test_balanced_bce_counts_no_ignored_pixel():
+def test_balanced_bce_weighs_the_objects_pixels_as_much_as_the_others():
     logits, target = random_rows()
-    target[:, 5:] = IGNORE
-    torch.testing.assert_close(
-        balanced_bce(logits, target), balanced_bce(logits[:, :5], target[:, :5])
-    )
+    for row in range(len(target)):
+        positive = target[row].float().mean()
+        expected = positive * F.binary_cross_entropy_with_logits(
+            logits[row], target[row].float(), pos_weight=(1 - positive) / positive
+        )
+        torch.testing.assert_close(balanced_bce_rows(logits, target)[row], expected)
+    undecided = torch.zeros_like(logits, requires_grad=True)
+    balanced_bce_rows(undecided, target).sum().backward()
+    torch.testing.assert_close(undecided.grad.sum((1, 2)), torch.zeros(len(target)))
+
+
+def test_balanced_bce_punishes_what_is_found_where_nothing_is():
+    logits, target = random_rows()
+    target[0], target[1], target[2] = 0, 1, IGNORE
+    loss = balanced_bce_rows(logits, target)
+    torch.testing.assert_close(loss, bce_rows(logits, target))
+    assert (loss[:2] > 0.5).all() and loss[2] == 0
 
 
 @pytest.mark.parametrize("smooth", [1e-3, 0])
@@ -126,18 +139,24 @@ def test_under_bf16_autocast_the_loss_is_still_float32_arithmetic():
     assert torch.equal(under, expected)
 
 
+@pytest.mark.parametrize("bce", ["plain", "balanced"])
 @pytest.mark.parametrize("resolution", ["original", "frame"])
-def test_mask_loss_weighs_its_terms_at_the_resolution_of_the_target(resolution):
+def test_mask_loss_weighs_its_terms_at_the_resolution_of_the_target(resolution, bce):
     batch = make_batch(FRAMES, resolution)
     logits = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(1))
-    total, terms = MaskLoss(LossOptions(2.0, 0.5))(Prediction(logits), batch)
+    loss = MaskLoss(LossOptions(2.0, 0.5, bce))
+    total, terms = loss(Prediction(logits), batch)
     assert total.shape == (3,)
-    torch.testing.assert_close(total, 2 * terms["bce"] + 0.5 * terms["iou_loss"])
+    name, function = {
+        "plain": ("bce", bce_rows),
+        "balanced": ("balanced_bce", balanced_bce_rows),
+    }[bce]
+    torch.testing.assert_close(total, 2 * terms[name] + 0.5 * terms["iou_loss"])
     frames = batch.frames
     resized = frames.restore(logits) if resolution == "original" else frames.to_frame(logits)
-    torch.testing.assert_close(terms["bce"], bce_rows(resized[:, 0], batch.target))
-    scores = MaskLoss(LossOptions(2.0, 0.5)).scores(Prediction(logits), batch)
-    assert scores.keys() == {"loss", "bce", "iou_loss"}
+    torch.testing.assert_close(terms[name], function(resized[:, 0], batch.target))
+    scores = loss.scores(Prediction(logits), batch)
+    assert scores.keys() == {"loss", name, "iou_loss"}
     assert torch.equal(scores["loss"], total)
 
 
@@ -186,7 +205,7 @@ def test_no_loss_reads_a_value_back_from_the_device():
         )
         total, _ = MaskLoss(LossOptions())(Prediction(torch.zeros(3, 1, 4, 4)), fake)
         assert total.shape == (3,)
-        balanced_bce(torch.zeros(3, 4, 4), torch.zeros(3, 4, 4))
+        balanced_bce_rows(torch.zeros(3, 4, 4), torch.zeros(3, 4, 4))
 
 
 # A mask per class

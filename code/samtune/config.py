@@ -194,8 +194,9 @@ class TrainDataOptions:
     augment: str = option(
         "standard",
         "'standard': half of the images flipped, turned by 90 degrees or shifted, scaled and "
-        "rotated; 'flip': half of them flipped left-right; 'none'",
-        ("standard", "flip", "none"),
+        "rotated; 'flip': half of them flipped left-right; 'rotate': all rotated by up to 90 "
+        "degrees, and half of them flipped left-right; 'none'",
+        ("standard", "flip", "rotate", "none"),
     )
     crop: Size = option(
         Size(0, 0),
@@ -288,6 +289,12 @@ class LossOptions:
 
     bce_weight: float = option(1.0, "one mask per row: weight of the binary cross-entropy")
     iou_weight: float = option(1.0, "one mask per row: weight of the soft IoU loss")
+    bce: str = option(
+        "plain",
+        "one mask per row: 'plain': all pixels count alike in its binary cross-entropy; "
+        "'balanced': object and background do, as published for shadows",
+        ("plain", "balanced"),
+    )
     ce_weight: float = option(1.0, "a mask per class: weight of the cross-entropy")
     dice_weight: float = option(0.0, "a mask per class: weight of the soft Dice loss")
     class_weights: str = option(

@@ -36,11 +36,11 @@ def make_loss(options: LossOptions, num_classes: int, prompt: str) -> MaskLoss |
 
 
 class MaskLoss:
-    """Weighted sum of binary cross-entropy and soft IoU loss, per row.
+    """Weighted sum of binary cross-entropy, plain or balanced, and soft IoU loss, per row.
 
     Called with what the model answered and the batch that asked, it returns the total (R,) and the
-    unweighted terms {"bce": (R,), "iou_loss": (R,)}. The caller averages over rows with
-    `batch.weight`; auxiliary terms of an adapter are not included.
+    unweighted terms {"bce" or "balanced_bce": (R,), "iou_loss": (R,)}. The caller averages over
+    rows with `batch.weight`; auxiliary terms of an adapter are not included.
     """
 
     def __init__(self, options: LossOptions):
@@ -49,15 +49,16 @@ class MaskLoss:
     def __call__(self, prediction: Prediction, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.autocast(prediction.logits.device.type, enabled=False):
             logits = batch.at_target(prediction.logits)[:, 0]
+            name, bce = _BCE[self.options.bce]
             terms = {
-                "bce": bce_rows(logits, batch.target),
+                name: bce(logits, batch.target),
                 "iou_loss": iou_loss_rows(logits, batch.target),
             }
-        total = self.options.bce_weight * terms["bce"] + self.options.iou_weight * terms["iou_loss"]
+        total = self.options.bce_weight * terms[name] + self.options.iou_weight * terms["iou_loss"]
         return total, terms
 
     def scores(self, prediction: Prediction, batch: Batch) -> dict[str, Tensor]:
-        """The same as a scorer for validation: {"loss", "bce", "iou_loss"}, each (R,)."""
+        """The same as a scorer for validation: {"loss", the terms}, each (R,)."""
         total, terms = self(prediction, batch)
         return {"loss": total, **terms}
 
@@ -179,24 +180,30 @@ def iou_loss_rows(logits: Tensor, target: Tensor, smooth: float = SMOOTH) -> Ten
         return 1 - iou
 
 
-def balanced_bce(logits: Tensor, target: Tensor) -> Tensor:
-    """The official SAM-Adapter's cross-entropy for shadows: (R, H, W) twice -> one float32 number.
+def balanced_bce_rows(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy in which object and background weigh alike: (R, H, W) twice -> (R,) float32.
 
-    The object's pixels weigh as much as the background's, counted over the whole batch: with P
-    object and Q background pixels, P / (P + Q) times the mean of the cross-entropy in which the
-    object's pixels weigh Q / P.
+    With P object and Q background pixels in a row, P / (P + Q) times the mean of the cross-entropy
+    in which the object's pixels weigh Q / P: the official SAM-Adapter's for shadows. That one
+    counts P and Q over the batch of a process (the same function of the batch as one tall row);
+    here each row is balanced by itself, so that it does not matter how rows are dealt to batches
+    and processes. A row with one kind of pixel only, which costs nothing there whatever is
+    predicted, has nothing to balance: its plain mean.
     """
     object_, valid = _split(target)
     with torch.autocast(logits.device.type, enabled=False):
-        positive = object_.sum() + 1e-10
-        negative = (valid - object_).sum() + 1e-10
-        cost = F.binary_cross_entropy_with_logits(
-            logits.float(), object_, pos_weight=negative / positive, reduction="none"
-        )
-        mean = (cost * valid).sum() / valid.sum().clamp(min=1)
-        return positive / (positive + negative) * mean
+        cost = F.binary_cross_entropy_with_logits(logits.float(), object_, reduction="none")
+        count = valid.sum((1, 2)).clamp(min=1)
+        share = (object_.sum((1, 2)) / count)[:, None, None]
+        balance = torch.where(object_ > 0, 1 - share, share)
+        weight = torch.where((share > 0) & (share < 1), balance, 1.0) * valid
+        return (cost * weight).sum((1, 2)) / count
 
 
 def _split(target: Tensor) -> tuple[Tensor, Tensor]:
     """The object's pixels and the pixels that count, as float32 zeros and ones."""
     return (target == 1).float(), (target != IGNORE).float()
+
+
+# --bce -> the name of its term, and the function
+_BCE = {"plain": ("bce", bce_rows), "balanced": ("balanced_bce", balanced_bce_rows)}

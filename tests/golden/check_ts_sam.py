@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from check_losses import batch_balanced
 from check_models import (
     EXACT,
     GRADIENT,
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 from samtune.adapters import ADAPTERS
 from samtune.adapters.layers import high_pass
 from samtune.adapters.options import TsSamOptions
-from samtune.losses import balanced_bce, bce_rows, iou_loss_rows
+from samtune.losses import bce_rows, iou_loss_rows
 from samtune.models.sam import build_sam
 from samtune.structures import Frame, Frames
 
@@ -95,7 +96,7 @@ def check_ts_sam(fixture: Fixture) -> None:
     close(first_term, fixture["output.loss_first_term"], OUTPUT, "loss_first_term")
     close(iou_term, fixture["output.loss_iou"], OUTPUT, "loss_iou")
     close(first_term + iou_term, fixture["output.loss"], OUTPUT, "loss")
-    balanced = balanced_bce(logits, fixture["input.gt_mask"][:, 0])
+    balanced = batch_balanced(logits, fixture["input.gt_mask"][:, 0])
     close(balanced, fixture["output.bbce.loss"], OUTPUT, "bbce")
     for name, graded in fixture.json["block_output_requires_grad"].items():
         assert calls[f"output.{name}"][0].requires_grad == graded, name
