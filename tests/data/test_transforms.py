@@ -172,6 +172,28 @@ def test_flip_and_none():
     assert set(counts) == {"left-right", "turn 0"} and 160 < counts["left-right"] < 240
 
 
+def test_rotate_turns_every_sample_by_any_angle_of_its_range():
+    """What comes in from outside is no class, and a mirrored half shows that flips are drawn."""
+    size, stroke = 61, slice(26, 35)
+    image = np.zeros((size, size, 3), np.uint8)
+    image[stroke, 31:56] = 255, 0, 0  # points right, and left where it is mirrored
+    image[31:45, stroke] = 0, 255, 0  # points down in both
+    sample = Sample(image, (image[..., 0] > 0).astype(np.uint8), "a")
+    angles, flips, outside = [], 0, 0
+    for i in range(400):
+        variant = augment(sample, "rotate", (0, i))
+        outside += (variant.mask == IGNORE).any()
+        red, green = (
+            np.argwhere(variant.image[..., channel] > 200).mean(0) - 30 for channel in (0, 1)
+        )
+        if red[0] * green[1] - red[1] * green[0] > 0:
+            flips += 1
+        angles.append(np.degrees(np.arctan2(green[1], green[0])))  # off straight down
+    assert 160 < flips < 240 and outside > 380
+    assert -92 < min(angles) < -80 and 80 < max(angles) < 92
+    assert abs(np.mean(angles)) < 9 and 45 < np.std(angles) < 58  # uniform: 52
+
+
 # --- the frame ---
 
 

@@ -22,11 +22,12 @@ _CROP_DRAWS = 10  # windows that may miss the object before one is put around it
 def augment(sample: Sample, name: str, seed: int | Sequence[int]) -> Sample:
     """A random variant of a sample, the same one for the same seed whatever was drawn before.
 
-    name: 'none'; 'flip': left-right, for half of the seeds; 'standard': for half of the seeds
-    exactly one of left-right flip, up-down flip, turn by k * 90 degrees (k in 0..3), and shift
-    (+-6.25 %), scale (+-10 %) and rotation (+-45 degrees) together. Pixels that come from outside
-    the picture get the mean colour and are `IGNORE` in the mask. A variant that has lost its object
-    is given up for the sample as it is. Global random state is neither read nor changed.
+    name: 'none'; 'flip': left-right, for half of the seeds; 'rotate': rotation (+-90 degrees), then
+    'flip' (usagisukisuki/G-SAM 31dfd1c); 'standard': for half of the seeds exactly one of
+    left-right flip, up-down flip, turn by k * 90 degrees (k in 0..3), and shift (+-6.25 %), scale
+    (+-10 %) and rotation (+-45 degrees) together. Pixels that come from outside the picture get the
+    mean colour and are `IGNORE` in the mask. A variant that has lost its object is given up for the
+    sample as it is. Global random state is neither read nor changed.
     """
     if name == "none":
         return sample
@@ -58,19 +59,25 @@ def prepare(name: str):
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it asks the network on import
     import albumentations as A
 
+    outside = {
+        "interpolation": cv2.INTER_LINEAR,
+        "mask_interpolation": cv2.INTER_NEAREST,
+        "border_mode": cv2.BORDER_CONSTANT,
+        "fill": MEAN_COLOUR,
+        "fill_mask": IGNORE,
+        "p": 1,
+    }
+    flip = A.HorizontalFlip(p=0.5)
     if name == "flip":
-        return A.Compose([A.HorizontalFlip(p=0.5)])
+        return A.Compose([flip])
+    if name == "rotate":
+        return A.Compose([A.Affine(rotate=(-90, 90), **outside), flip])
     shift_scale_rotate = A.Affine(
         translate_percent=(-0.0625, 0.0625),
         scale=(0.9, 1.1),
         keep_ratio=True,
         rotate=(-45, 45),
-        interpolation=cv2.INTER_LINEAR,
-        mask_interpolation=cv2.INTER_NEAREST,
-        border_mode=cv2.BORDER_CONSTANT,
-        fill=MEAN_COLOUR,
-        fill_mask=IGNORE,
-        p=1,
+        **outside,
     )
     parts = [A.HorizontalFlip(p=1), A.VerticalFlip(p=1), A.RandomRotate90(p=1), shift_scale_rotate]
     return A.Compose([A.OneOf(parts, p=0.5)])
