@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
 # Trains SAM with an adapter. Edit the values below, or set them in the environment, or add flags:
 #     NGPU=4 ./run.sh --lr 1e-4
+#     NGPU=4 ./run.sh --config configs/NAME.yaml --data_root DIR
+# With --config the file stands in for the values below, but not for what the environment sets.
 # Nothing edited, it trains a small SAM on a small sample set, to show that everything works.
 set -euo pipefail
 
+ENVIRONMENT=" $(compgen -e | tr '\n' ' ') "
 NGPU="${NGPU:-1}"                                  # processes on this machine, one per GPU
 MODEL_TYPE="${MODEL_TYPE:-vit_mini}"               # vit_b, vit_l, vit_h: the real ones
 CHECKPOINT="${CHECKPOINT:-auto}"                   # checkpoints/sam_vit_b_01ec64.pth
@@ -20,11 +23,15 @@ LR="${LR:-2e-4}"
 SEED="${SEED:-21}"
 OUTPUT_DIR="${OUTPUT_DIR:-}"                       # empty: a new folder under checkpoints/
 
+flags=()
+for name in MODEL_TYPE CHECKPOINT ADAPTER TRAIN_IMAGE_DIR TRAIN_MASK_DIR VAL_IMAGE_DIR VAL_MASK_DIR \
+    TEST_IMAGE_DIR TEST_MASK_DIR EPOCH BATCH_SIZE LR SEED OUTPUT_DIR; do
+    case " $* " in *" --config "* | *" --config="*)
+        case "$ENVIRONMENT" in *" $name "*) ;; *) continue ;; esac ;;
+    esac
+    flags+=("--$(tr '[:upper:]' '[:lower:]' <<<"$name")" "${!name}")
+done
+
 source "$(dirname "$0")/setup.sh"
 exec "$PYTHON" code/torchrun.py --standalone --nproc_per_node "$NGPU" code/run_sa.py train \
-    --model_type "$MODEL_TYPE" --checkpoint "$CHECKPOINT" --adapter "$ADAPTER" \
-    --train_image_dir "$TRAIN_IMAGE_DIR" --train_mask_dir "$TRAIN_MASK_DIR" \
-    --val_image_dir "$VAL_IMAGE_DIR" --val_mask_dir "$VAL_MASK_DIR" \
-    --test_image_dir "$TEST_IMAGE_DIR" --test_mask_dir "$TEST_MASK_DIR" \
-    --epoch "$EPOCH" --batch_size "$BATCH_SIZE" --lr "$LR" --seed "$SEED" \
-    --output_dir "$OUTPUT_DIR" "$@"
+    ${flags[@]+"${flags[@]}"} "$@"

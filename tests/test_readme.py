@@ -46,10 +46,15 @@ def test_every_variable_of_the_launchers_that_is_named_exists():
 
 
 def test_every_launcher_flag_exists():
-    for script in ("run.sh", "eval.sh"):
-        command = (ROOT / script).read_text().split("code/run_sa.py")[1]
-        named = set(re.findall(r"--([a-z_]+)", command))
-        assert named and named <= flags(), script
+    """eval.sh names them; those of run.sh are its variables, all but that of torchrun."""
+    command = (ROOT / "eval.sh").read_text().split("code/run_sa.py")[1]
+    named = set(re.findall(r"--([a-z_]+)", command))
+    assert named and named <= flags()
+    script = (ROOT / "run.sh").read_text()
+    variables = re.findall(r"^([A-Z_]+)=\"\$\{", script, re.M)
+    passed = re.search(r"for name in (.*?); do", script, re.S).group(1).replace("\\", "").split()
+    assert passed == [name for name in variables if name != "NGPU"]
+    assert {name.lower() for name in passed} <= flags()
 
 
 def test_the_tables_of_adapters_are_what_the_verb_prints(capsys):

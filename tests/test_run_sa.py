@@ -51,6 +51,29 @@ def scores_of(house: Path, run: str) -> dict:
     return json.loads((house / run / "scores.json").read_text())
 
 
+def passed_on(folder: Path, *flags: str, **variables) -> dict[str, str]:
+    """What run.sh passes to the verb: flags and their values."""
+    for name in ("run.sh", "setup.sh", "requirements.txt"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "code").mkdir(exist_ok=True)
+    (folder / "code/torchrun.py").write_text("import json, sys; print(json.dumps(sys.argv))")
+    text = launch(folder, "run.sh", *flags, **variables)
+    arguments = json.loads(text.splitlines()[-1])
+    assert arguments[-len(flags) :] == [*flags] or not flags, "a typed flag comes last, and wins"
+    arguments = arguments[arguments.index("train") + 1 : len(arguments) - len(flags)]
+    return dict(zip(arguments[::2], arguments[1::2], strict=True))
+
+
+def test_the_launchers_defaults_do_not_win_over_a_file(tmp_path):
+    everything = passed_on(tmp_path, LR="0.5")
+    assert everything.keys() >= {"--model_type", "--train_image_dir", "--output_dir"}
+    assert everything["--lr"] == "0.5" and everything["--batch_size"] == "4"
+    assert passed_on(tmp_path, "--lr", "1", LR="0.5") == everything
+    assert passed_on(tmp_path, "--config", "x.yaml") == {}
+    said = passed_on(tmp_path, "--config=x.yaml", "--lr", "1", EPOCH="3", TRAIN_MASK_DIR="a b")
+    assert said == {"--epoch": "3", "--train_mask_dir": "a b"}
+
+
 QUICK = {"EPOCH": "1", "BATCH_SIZE": "4"}
 
 
