@@ -72,6 +72,11 @@ class CnnEncoder(nn.Module):
 
         Raises UserError when the file is missing or holds something else.
         """
+        if not Path(path).is_file():
+            raise UserError(
+                f"--cnn_weights {path}: no such file; put torchvision's IMAGENET1K_V1 weights "
+                "there, or start from random weights with --cnn_weights none"
+            )
         stages = {f"layer{n}": f"res{n + 1}" for n in (1, 2, 3)}
         given = {}
         for name, tensor in read_state_dict(path).items():
