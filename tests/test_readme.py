@@ -98,6 +98,22 @@ def test_the_python_example_loads_a_run(tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+def spelled_out(name: str) -> list[str]:
+    """`a-{b,c}` is a-b and a-c, as a shell reads it."""
+    head, brace, rest = name.partition("{")
+    if not brace:
+        return [name]
+    inside, tail = rest.split("}", 1)
+    return [head + part + end for part in inside.split(",") for end in spelled_out(tail)]
+
+
+def test_the_recipes_are_those_in_their_folder():
+    section = README.split("\n## Recipes\n")[1].split("\n## ")[0]
+    named = re.findall(r"`([\w{},-]+\.yaml)`", section)
+    files = sorted(path.name for path in (ROOT / "configs").iterdir())
+    assert sorted(file for name in named for file in spelled_out(name)) == files
+
+
 def test_nothing_is_left_to_fill_in():
     assert set(re.findall(r"<!--/?([\w-]+)-->", README)) == {
         "adapters", "datasets", "exit-codes", "files",
