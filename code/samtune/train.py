@@ -47,8 +47,10 @@ def run(config: TrainConfig, resumed: RunFolder | None, process: Process) -> Tra
     with distributed.together():
         if process.local_rank == 0:  # it may download; the others find the file
             find_checkpoint(config.model)
+            ADAPTERS[config.model.adapter].settle(config.adapter, config.model.download)
     with distributed.together():
-        model, metadata = _build(config)
+        config, remark = _settle(config)
+        model, metadata = _build(config, resumed is not None)
         train_pairs, val_pairs = training_pairs(config.data, config.read)
     folder = RunFolder(config.run.output_dir)
     saved = Checkpoints(folder, metadata, config.run.save_pth)
@@ -66,6 +68,8 @@ def run(config: TrainConfig, resumed: RunFolder | None, process: Process) -> Tra
     first_epoch = state["progress"]["epoch"] + 1 if state else 1
     logbook = Logbook(folder.path, process, config.log, options, keep_before_epoch=first_epoch)
     try:
+        if remark and not resumed:
+            logbook.say(remark)
         _introduce(config, model, len(train_pairs), len(val_pairs), process, folder, logbook)
         result = _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state)
         logbook.curves()
@@ -124,8 +128,18 @@ def _sample_folders(split: str) -> dict[str, str]:
     }
 
 
-def _build(config: TrainConfig) -> tuple[PromptedSam, dict]:
-    """The model with its base weights, and what its checkpoint files say about it."""
+def _settle(config: TrainConfig) -> tuple[TrainConfig, str]:
+    """The config with what the adapter's options leave open, and a line about it."""
+    adapter = ADAPTERS[config.model.adapter]
+    options, remark = adapter.settle(config.adapter, config.model.download)
+    return replace(config, adapter=options), remark
+
+
+def _build(config: TrainConfig, resumed: bool) -> tuple[PromptedSam, dict]:
+    """The model with its base weights, and what its checkpoint files say about it.
+
+    resumed: its other weights will be those of the run's state, whatever it started from.
+    """
     adapter = ADAPTERS[config.model.adapter]
     classes = config.read.num_classes
     adapter.check(config.model, config.prompts.prompt, classes, config.data.crop)
@@ -133,7 +147,8 @@ def _build(config: TrainConfig) -> tuple[PromptedSam, dict]:
     validation_scores(classes, config.prompts.prompt, config.run.best_by)
     base = find_checkpoint(config.model)
     seed, prompt = config.run.seed, config.prompts.prompt
-    model = build_model(config.model, config.adapter, prompt, base, seed, classes)
+    options = adapter.without_start(config.adapter) if resumed else config.adapter
+    model = build_model(config.model, options, prompt, base, seed, classes)
     return model, describe(model, base, flags.dump(_groups(config)))
 
 

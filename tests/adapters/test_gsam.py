@@ -1,6 +1,7 @@
 """GSAM: any size and aspect, its CNN's weights, published names and counts."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +9,8 @@ from test_build import OFFICIAL, UNREAD, count
 from torch.nn import functional as F
 from torchvision.models import resnet18
 
-from samtune.adapters import ADAPTERS, build_model
-from samtune.adapters.gsam import Gsam
+from samtune.adapters import ADAPTERS, build_model, gsam
+from samtune.adapters.gsam import Gsam, settle
 from samtune.adapters.gsam_blocks import RESNETS, CnnEncoder, pool
 from samtune.adapters.options import GsamOptions
 from samtune.config import ModelOptions, Size
@@ -208,3 +209,21 @@ def test_every_vit_has_its_own_global_blocks(name):
     trained = [i for i, block in enumerate(blocks) if block.attn.rel_pos_h.requires_grad]
     every = len(blocks) // 4
     assert refined == trained == list(range(every - 1, len(blocks), every))
+
+
+def test_where_the_cnn_starts_from_is_decided_by_the_files_and_said(tmp_path, monkeypatch):
+    asked = GsamOptions(resnet_depth=18)
+    options, said = settle(asked, download=False, folder=tmp_path)
+    assert options.cnn_weights == "none" and "random weights" in said and "--download" in said
+
+    def unreachable(url, path, sha256):
+        assert url.endswith("/resnet18-f37072fd.pth") and sha256 == "f37072fd"
+        raise OSError("no route")
+
+    monkeypatch.setattr(gsam, "fetch", unreachable)
+    options, said = settle(asked, download=True, folder=tmp_path)
+    assert options.cnn_weights == "none" and "no route" in said
+    (tmp_path / "resnet18-f37072fd.pth").touch()
+    options, said = settle(asked, download=True, folder=tmp_path)
+    assert options.cnn_weights == str(tmp_path / "resnet18-f37072fd.pth") and "ImageNet" in said
+    assert settle(replace(asked, cnn_weights="none"), True, tmp_path)[1] == ""

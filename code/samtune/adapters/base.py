@@ -32,8 +32,9 @@ class Adapter:
     frame may have any size and aspect from one patch upwards; the base is made for `image_size`
     then, whatever the frame, and --crop is taken. several_classes: whether it takes a mask decoder
     for K classes. start_options: options that only say with which values training starts; a model
-    that is loaded is built without them. mergeable: the module's `merge(model)` folds what
-    was tuned into the state dict of a stock Sam.
+    that is loaded is built without them, and the module's `settle(options, download)` decides what
+    they leave open. mergeable: the module's `merge(model)` folds what was tuned into the state dict
+    of a stock Sam.
 
     The module's `build(sam, options) -> PromptedSam` gets a stock Sam, all of it frozen and with
     its base weights in place, and may alter any part of it. What it makes trains because it is new;
@@ -118,6 +119,14 @@ class Adapter:
         """The adapter's options for a model whose tensors are about to be loaded."""
         starting = [f for f in fields(options) if f.name in self.start_options]
         return replace(options, **{f.name: f.default for f in starting})
+
+    def settle(self, options, download: bool) -> tuple:
+        """The adapter's options with what was left open decided by the files that are there, and a
+        line for the log ("" if there is nothing to say). download: missing ones may be fetched.
+        """
+        if not self.start_options:
+            return options, ""
+        return importlib.import_module(self.module).settle(options, download)
 
     def build(self, sam: Sam, options) -> PromptedSam:
         """Adapt a frozen Sam in place."""

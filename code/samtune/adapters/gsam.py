@@ -16,6 +16,9 @@ the model type (published: 2, 5, 8, 11, right for vit_b only).
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -32,7 +35,9 @@ from samtune.adapters.options import GsamOptions
 from samtune.errors import UserError
 from samtune.models.sam import ImageEncoderViT, Sam
 from samtune.models.segmenter import PromptedSam
+from samtune.models.weights import fetch
 
+_TORCHVISION = "https://download.pytorch.org/models/"
 _CNN_SCALE = 0.5  # weight of the CNN's refined features after the last block
 
 
@@ -40,12 +45,36 @@ def build(sam: Sam, options: GsamOptions) -> PromptedSam:
     """Rebuild a frozen Sam, whose patches overlap by half, for any input size; thaw its decoder."""
     thaw_decoder(sam)
     cnn = CnnEncoder(sam.image_encoder.patch_embed.proj.out_channels, RESNETS[options.resnet_depth])
-    if options.cnn_weights != "none":
+    if options.cnn_weights not in ("auto", "none"):
         cnn.load_trunk(options.cnn_weights)
     sam.image_encoder = GsamEncoder(sam.image_encoder, cnn)
     if options.freeze_peg:
         sam.image_encoder.pos_embed.requires_grad_(False)
     return Gsam(sam)
+
+
+def settle(
+    options: GsamOptions, download: bool, folder: Path = Path("checkpoints")
+) -> tuple[GsamOptions, str]:
+    """Where the CNN starts from, if that was left open, and a line that says so.
+
+    download: fetch torchvision's weights if they are not in `folder`.
+    """
+    if options.cnn_weights != "auto":
+        return options, ""
+    path = folder / RESNETS[options.resnet_depth].file
+    url, failure = _TORCHVISION + path.name, ""
+    if download and not path.is_file():
+        try:
+            fetch(url, path, sha256=path.stem.rpartition("-")[2])
+        except OSError as error:
+            failure = f" (they could not be fetched: {error})"
+    if path.is_file():
+        return replace(options, cnn_weights=str(path)), f"CNN: ImageNet weights, {path}"
+    return replace(options, cnn_weights="none"), (
+        f"CNN: random weights{failure}; for ImageNet's put {path.name} (from {url}) at {path}, or "
+        "add --download"
+    )
 
 
 class Gsam(PromptedSam):

@@ -28,18 +28,23 @@ ADAPTER_SCALE = 0.5  # weight of the adapter beside each MLP
 
 
 class ResNet(NamedTuple):
-    """The sizes of a ResNet's stem and first three stages."""
+    """The sizes of a ResNet's stem and first three stages.
+
+    file: torchvision's ImageNet weights (IMAGENET1K_V1), whose name ends in the beginning of their
+    SHA-256.
+    """
 
     block: type[BasicBlock] | type[Bottleneck]
     blocks: tuple[int, ...]
+    file: str
     stem: int = 64
     planes: tuple[int, ...] = (64, 128, 256)
 
 
 RESNETS = {
-    18: ResNet(BasicBlock, (2, 2, 2)),
-    50: ResNet(Bottleneck, (3, 4, 6)),
-    101: ResNet(Bottleneck, (3, 4, 23)),
+    18: ResNet(BasicBlock, (2, 2, 2), "resnet18-f37072fd.pth"),
+    50: ResNet(Bottleneck, (3, 4, 6), "resnet50-0676ba61.pth"),
+    101: ResNet(Bottleneck, (3, 4, 23), "resnet101-63fe2227.pth"),
 }
 
 

@@ -139,9 +139,10 @@ class GsamOptions:
 
     resnet_depth: int = option(101, "depth of the CNN, a ResNet; published: 101", (18, 50, 101))
     cnn_weights: str = option(
-        "none",
+        "auto",
         "file with torchvision's ImageNet weights (IMAGENET1K_V1) of that ResNet, as published; "
-        "'none': start it from random weights. Nothing is fetched",
+        "'auto': the one in checkpoints/, which --download fetches, or random weights where it is "
+        "not there (the log says which); 'none': random weights",
     )
     freeze_peg: bool = option(
         False,

@@ -72,7 +72,11 @@ def find_checkpoint(options: ModelOptions, folder: Path = Path("checkpoints")) -
         raise UserError(f"--checkpoint {path}: there is no such file")
     if not (options.download and model_type.sha256):
         raise UserError(_missing(options.model_type, model_type, path))
-    _download(options.model_type, model_type, path)
+    try:
+        fetch(model_type.url, path, model_type.sha256)
+    except OSError as error:
+        reason = f" and could not be fetched ({error})"
+        raise UserError(_missing(options.model_type, model_type, path, reason)) from None
     return path
 
 
@@ -192,28 +196,31 @@ def _missing(name: str, model_type: ModelType, path: Path, reason: str = "") -> 
     )
 
 
-def _download(name: str, model_type: ModelType, path: Path) -> None:
-    """Fetch the official file to `path`; nothing is left there unless it is whole."""
+def fetch(url: str, path: Path, sha256: str) -> None:
+    """Fetch a file of weights; nothing is left at `path` unless it is whole.
+
+    sha256: the digest, or its beginning where only that is published. Raises OSError where there is
+    no way to the file, UserError if it did not arrive whole.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
     try:
         with os.fdopen(handle, "wb") as file:
-            digest = _fetch(model_type.url, file)
-        if digest != model_type.sha256:
+            digest = _copy(url, file)
+        if not digest.startswith(sha256):
             raise UserError(
-                f"{model_type.url} did not arrive whole (its SHA-256 is {digest}, not "
-                f"{model_type.sha256}): try again, or put the file at {path} yourself"
+                f"{url} did not arrive whole (its SHA-256 is {digest}, not {sha256}): try again, "
+                f"or put the file at {path} yourself"
             )
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except (OSError, http.client.HTTPException) as error:
-        reason = f" and could not be fetched ({error})"
-        raise UserError(_missing(name, model_type, path, reason)) from None
+    except http.client.HTTPException as error:
+        raise OSError(str(error)) from None
     finally:
         Path(temporary).unlink(missing_ok=True)
 
 
-def _fetch(url: str, file) -> str:
+def _copy(url: str, file) -> str:
     """Copy a URL into an open file, with a progress bar; the SHA-256 of what was written."""
     digest = hashlib.sha256()
     with urllib.request.urlopen(url, timeout=30) as response:
