@@ -136,7 +136,20 @@ def test_a_named_run_is_scored_without_a_flag(run_named, tmp_path, capsys):
     with pytest.raises(UserError, match="does not hold DUTS"):
         score("none", test_datasets="duts")
     folders = {"test_image_dir": "ISTD/test/test_A", "test_mask_dir": "ISTD/test/test_B"}
-    assert score("folders", **folders)["tuned"] == scores["tuned"]  # instead of the run's own
+    alike = score("folders", **folders)  # instead of the run's own
+    assert alike["tuned"]["loss"] == scores["tuned"]["loss"]
+    assert alike["protocol"]["name"] == "binary" and scores["protocol"]["name"] == "shadow"
+
+
+def test_a_named_set_is_asked_what_the_run_was_asked(tmp_path):
+    """Which classes questions are about is no matter of how files are read: it is kept."""
+    camvid(tmp_path)
+    asked = {"objects": "class", "background": -1, "ask_classes": "car,tree", "min_area": 5}
+    data = {"dataset": "camvid", "data_root": str(tmp_path)}
+    _, test, read = complete(data, **asked)
+    for own in (["camvid"], []):
+        scored = scored_set(test, read, own).read
+        assert {name: getattr(scored, name) for name in asked} == asked
 
 
 def test_lists_train_and_score(run_named, tmp_path):

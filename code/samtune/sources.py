@@ -23,7 +23,8 @@ from samtune.data.samples import is_annotations
 from samtune.errors import UserError
 
 _FILES = ("image_dir", "mask_dir", "list")
-_KEPT = ("resize",)  # a test set is fitted as the training images were
+# A test set is fitted as the training images were, and the same is asked about it.
+_KEPT = ("resize", "objects", "background", "ask_classes", "min_area")
 _KEPT_OF_OWN = ("mask_threshold", "foreground", "intensity_range")
 
 
