@@ -69,9 +69,10 @@ def config(tmp_path, monkeypatch) -> c.TrainConfig:
 
 
 def score(**options) -> dict:
-    wanted = c.EvaluateOptions(run_dir="run", **options)
-    given = {"prompt": options["prompt"]} if "prompt" in options else {}
-    loader = c.LoaderOptions(4, 0)
+    mine = {f.name for f in fields(c.EvaluateOptions)}
+    given = {name: value for name, value in options.items() if name not in mine - {"prompt"}}
+    wanted = {name: value for name, value in options.items() if name in mine}
+    wanted, loader = c.EvaluateOptions(run_dir="run", **wanted), c.LoaderOptions(4, 0)
     return evaluate(
         c.EvaluateConfig(wanted, c.TestDataOptions(), c.ReadOptions(), loader, given), ALONE
     )
@@ -294,6 +295,8 @@ def test_several_classes_are_trained_scored_and_drawn(config, layout):
     assert len(drawn) == scores["images"] == 6
     with Image.open(drawn[0]) as picture:
         assert picture.mode == "P" and np.asarray(picture).max() < 3
+    with pytest.raises(UserError, match="--num_classes 4: the run answers with 3 classes"):
+        score(num_classes=4)
     assert Path("run/examples.png").stat().st_size
 
 

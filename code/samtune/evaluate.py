@@ -158,8 +158,9 @@ def _check_prompt(metadata: dict, read: ReadOptions, options: PromptOptions) -> 
     ADAPTERS[metadata["adapter"]].check(
         options_of(metadata, ModelOptions), options.prompt, read.num_classes
     )
-    check_questions(read, options)
-    trained = metadata["config"]["prompt"]
+    trained, classes = metadata["config"]["prompt"], options_of(metadata, ReadOptions).num_classes
+    if answers_classes(classes, trained) and read.num_classes != classes:
+        raise UserError(f"--num_classes {read.num_classes}: the run answers with {classes} classes")
     if answers_classes(read.num_classes, options.prompt) != answers_classes(
         read.num_classes, trained
     ):
@@ -168,6 +169,7 @@ def _check_prompt(metadata: dict, read: ReadOptions, options: PromptOptions) -> 
             f"{trained} cannot be scored under it: one answers with a mask per class, the other "
             "with one mask per question"
         )
+    check_questions(read, options)
 
 
 def _protocol(
