@@ -133,8 +133,13 @@ def test_a_named_run_is_scored_without_a_flag(run_named, tmp_path, capsys):
     assert both == json.loads(Path("both/scores.json").read_text())
     assert list(both) == ["istd", "camo"] and both["istd"] == scores
     assert both["camo"]["images"] == 3 == len(list(Path("both/camo/predictions/masks").iterdir()))
-    with pytest.raises(UserError, match="does not hold DUTS"):
-        score("none", test_datasets="duts")
+    for sets, message in {
+        "duts": "does not hold DUTS", "istd,duts": "does not hold DUTS",
+        "istd,istd": "stands there twice", "istd,": "no such data set",
+    }.items():  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            score("none", test_datasets=sets)
+    assert not Path("none").exists(), "nothing is scored before all of it can be"
     folders = {"test_image_dir": "ISTD/test/test_A", "test_mask_dir": "ISTD/test/test_B"}
     alike = score("folders", **folders)  # instead of the run's own
     assert alike["tuned"]["loss"] == scores["tuned"]["loss"]

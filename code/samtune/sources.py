@@ -113,6 +113,17 @@ def scored_set(
     return ScoredSet(name, select(pairs, test.test_slice, "--test_slice"), base)
 
 
+def scored_sets(
+    test: TestDataOptions,
+    read: ReadOptions,
+    own: Collection[str] = (),
+    said: dict | None = None,
+) -> list[ScoredSet]:
+    """Every test set that is named, or the one of folders or a list; see `scored_set`."""
+    names = _tested(test) or [""]
+    return [scored_set(replace(test, test_datasets=name), read, own, said) for name in names]
+
+
 def said_of(data: TrainDataOptions) -> str:
     """Where the training data is from, for people; of data sets also what their splits are."""
     if not data.dataset:
