@@ -84,7 +84,9 @@ def train(argv: list[str]) -> None:
             from samtune.evaluate import run as score
 
             scored = c.EvaluateOptions(run_dir=done.run.output_dir)
-            score(c.EvaluateConfig(scored, done.test, done.read, done.loader, {}), process)
+            # The run's file says all, but a run that went on may have been given other test data.
+            given = vars(done.test)
+            score(c.EvaluateConfig(scored, done.test, done.read, done.loader, given), process)
         if process.is_main and not config.data.named:
             print(NEXT_STEPS, flush=True)
 

@@ -133,10 +133,28 @@ def test_a_named_run_is_scored_without_a_flag(run_named, tmp_path, capsys):
     assert both == json.loads(Path("both/scores.json").read_text())
     assert list(both) == ["istd", "camo"] and both["istd"] == scores
     assert both["camo"]["images"] == 3 == len(list(Path("both/camo/predictions/masks").iterdir()))
-    with pytest.raises(UserError, match="does not hold DUTS"):
-        score("none", test_datasets="duts")
+    for sets, message in {
+        "duts": "does not hold DUTS", "istd,duts": "does not hold DUTS",
+        "istd,istd": "stands there twice", "istd,": "no such data set",
+    }.items():  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            score("none", test_datasets=sets)
+    assert not Path("none").exists(), "nothing is scored before all of it can be"
     folders = {"test_image_dir": "ISTD/test/test_A", "test_mask_dir": "ISTD/test/test_B"}
-    assert score("folders", **folders)["tuned"] == scores["tuned"]  # instead of the run's own
+    alike = score("folders", **folders)  # instead of the run's own
+    assert alike["tuned"]["loss"] == scores["tuned"]["loss"]
+    assert alike["protocol"]["name"] == "binary" and scores["protocol"]["name"] == "shadow"
+
+
+def test_a_named_set_is_asked_what_the_run_was_asked(tmp_path):
+    """Which classes questions are about is no matter of how files are read: it is kept."""
+    camvid(tmp_path)
+    asked = {"objects": "class", "background": -1, "ask_classes": "car,tree", "min_area": 5}
+    data = {"dataset": "camvid", "data_root": str(tmp_path)}
+    _, test, read = complete(data, **asked)
+    for own in (["camvid"], []):
+        scored = scored_set(test, read, own).read
+        assert {name: getattr(scored, name) for name in asked} == asked
 
 
 def test_lists_train_and_score(run_named, tmp_path):

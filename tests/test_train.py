@@ -69,9 +69,10 @@ def config(tmp_path, monkeypatch) -> c.TrainConfig:
 
 
 def score(**options) -> dict:
-    wanted = c.EvaluateOptions(run_dir="run", **options)
-    given = {"prompt": options["prompt"]} if "prompt" in options else {}
-    loader = c.LoaderOptions(4, 0)
+    mine = {f.name for f in fields(c.EvaluateOptions)}
+    given = {name: value for name, value in options.items() if name not in mine - {"prompt"}}
+    wanted = {name: value for name, value in options.items() if name in mine}
+    wanted, loader = c.EvaluateOptions(run_dir="run", **wanted), c.LoaderOptions(4, 0)
     return evaluate(
         c.EvaluateConfig(wanted, c.TestDataOptions(), c.ReadOptions(), loader, given), ALONE
     )
@@ -151,6 +152,8 @@ def test_bad_files_are_named_before_training(config, how, kind, said):
         ("data", {"train_image_dir": "nowhere"}, "nowhere"),
         ("data", {"train_mask_dir": ""}, "--train_mask_dir is not set"),
         ("data", {"val_image_dir": ""}, "nothing to validate on"),
+        ("test", {"test_image_dir": "nowhere"}, "nowhere"),
+        ("test", {"test_slice": "90:"}, "--test_slice"),
         ("data", {"train_slice": "90:"}, "--train_slice"),
         ("optim", {"precision": "fp16"}, "--precision fp16"),
         ("optim", {"lr": -1.0}, "--lr"),
@@ -294,6 +297,8 @@ def test_several_classes_are_trained_scored_and_drawn(config, layout):
     assert len(drawn) == scores["images"] == 6
     with Image.open(drawn[0]) as picture:
         assert picture.mode == "P" and np.asarray(picture).max() < 3
+    with pytest.raises(UserError, match="--num_classes 4: the run answers with 3 classes"):
+        score(num_classes=4)
     assert Path("run/examples.png").stat().st_size
 
 
@@ -320,6 +325,26 @@ def test_one_run_under_several_prompts_in_one_table(config, capsys):
     assert "exact_box: the box of the true mask" in text and "none: nothing" in text
     with pytest.raises(UserError, match="--prompts circle"):
         score(prompts="circle")
+
+
+def test_every_prompt_is_asked_about_the_same_images(config):
+    """None needs no object, a box does: both are scored where there is one."""
+    train(replace(config, prompts=c.PromptOptions(prompt="none")), None, ALONE)
+    victim = sorted(Path(config.test.test_mask_dir).iterdir())[0]
+    Image.fromarray(np.zeros_like(np.asarray(Image.open(victim)))).save(victim)
+    assert score()["images"] == 6
+    scores = score(prompts="none,exact_box")
+    assert (scores["images"], scores["skipped_empty"]) == (5, 1)
+    assert scores["counts"]["empty_truths"] == 0
+
+
+def test_a_run_that_goes_on_is_scored_on_the_test_data_it_is_given_then(config):
+    import run_sa
+
+    train(replace(config, test=c.TestDataOptions()), None, ALONE)
+    test = [f"--{name}={value}" for name, value in vars(config.test).items() if value]
+    run_sa.train(["--resume", "run", "--workers", "0", *test])
+    assert json.loads(Path("run/scores.json").read_text())["images"] == 6
 
 
 @pytest.mark.parametrize(

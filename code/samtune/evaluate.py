@@ -34,7 +34,7 @@ from samtune.judging import Bench, Judged
 from samtune.metrics.protocols import PROTOCOLS, choose
 from samtune.pipeline import check_pairs, usable
 from samtune.run_folder import RunFolder, newest
-from samtune.sources import scored_set
+from samtune.sources import scored_sets
 from samtune.tensor_files import file_sha256
 from samtune.trained import load_trained, load_untuned, options_of, trained_file
 
@@ -54,13 +54,14 @@ def run(config: EvaluateConfig, process: Process) -> dict:
         metadata = read_metadata(file)
         test, read, prompts = _inherit(config, metadata)
         folder = RunFolder(wanted.output_dir or file.parent)
-    if len(names := test.test_datasets.split(",")) > 1:
-        return _run_each(config, names, file, folder, process)
-    first = next(iter(prompts.values()))
-    with distributed.together():
         own = metadata["config"].get("dataset", "").split("+")
-        dataset, pairs, read = scored_set(test, read, own, config.given)
-        protocol = _protocol(wanted, dataset, read, first)
+        sets = scored_sets(test, read, own, config.given)
+        first = next(iter(prompts.values()))
+        protocol, *_ = [_protocol(wanted, one.name, one.read, first) for one in sets]
+    if len(sets) > 1:
+        return _run_each(config, [one.name for one in sets], file, folder, process)
+    dataset, pairs, read = sets[0]
+    with distributed.together():
         models = {"tuned": load_trained(file, wanted.checkpoint)}
         if wanted.zero_shot and (untuned := load_untuned(file, wanted.checkpoint)):
             models["zero_shot"] = untuned
@@ -72,7 +73,9 @@ def run(config: EvaluateConfig, process: Process) -> dict:
     image_size = models["tuned"].image_size
     report = check_pairs("test", pairs, read, image_size, process, logbook)
     with distributed.together():
-        asked = usable("test", pairs, report, read, first, logbook)
+        # All prompts are asked about the same images, so one that needs an object decides.
+        strictest = next((o for o in prompts.values() if o.prompt != "none"), first)
+        asked = usable("test", pairs, report, read, strictest, logbook)
 
     bench = Bench(
         asked, read, config.loader, image_size, protocol, wanted.precision, process, logbook,
@@ -116,7 +119,7 @@ def run(config: EvaluateConfig, process: Process) -> dict:
 def _run_each(config: EvaluateConfig, names: list[str], file: Path, folder, process) -> dict:
     """Score several test sets apart, each in a folder of its name; scores.json holds them all."""
     scores = {}
-    for name in map(str.strip, names):
+    for name in names:
         wanted = replace(config.evaluate, run_dir=str(file), output_dir=str(folder.path / name))
         given = config.given | {"test_datasets": name}
         scores[name] = run(replace(config, evaluate=wanted, given=given), process)
@@ -158,8 +161,9 @@ def _check_prompt(metadata: dict, read: ReadOptions, options: PromptOptions) -> 
     ADAPTERS[metadata["adapter"]].check(
         options_of(metadata, ModelOptions), options.prompt, read.num_classes
     )
-    check_questions(read, options)
-    trained = metadata["config"]["prompt"]
+    trained, classes = metadata["config"]["prompt"], options_of(metadata, ReadOptions).num_classes
+    if answers_classes(classes, trained) and read.num_classes != classes:
+        raise UserError(f"--num_classes {read.num_classes}: the run answers with {classes} classes")
     if answers_classes(read.num_classes, options.prompt) != answers_classes(
         read.num_classes, trained
     ):
@@ -168,6 +172,7 @@ def _check_prompt(metadata: dict, read: ReadOptions, options: PromptOptions) -> 
             f"{trained} cannot be scored under it: one answers with a mask per class, the other "
             "with one mask per question"
         )
+    check_questions(read, options)
 
 
 def _protocol(

@@ -23,7 +23,8 @@ from samtune.data.samples import is_annotations
 from samtune.errors import UserError
 
 _FILES = ("image_dir", "mask_dir", "list")
-_KEPT = ("resize",)  # a test set is fitted as the training images were
+# A test set is fitted as the training images were, and the same is asked about it.
+_KEPT = ("resize", "objects", "background", "ask_classes", "min_area")
 _KEPT_OF_OWN = ("mask_threshold", "foreground", "intensity_range")
 
 
@@ -110,6 +111,17 @@ def scored_set(
         )
     pairs = find_dataset(name, test.test_data_root, "test")
     return ScoredSet(name, select(pairs, test.test_slice, "--test_slice"), base)
+
+
+def scored_sets(
+    test: TestDataOptions,
+    read: ReadOptions,
+    own: Collection[str] = (),
+    said: dict | None = None,
+) -> list[ScoredSet]:
+    """Every test set that is named, or the one of folders or a list; see `scored_set`."""
+    names = _tested(test) or [""]
+    return [scored_set(replace(test, test_datasets=name), read, own, said) for name in names]
 
 
 def said_of(data: TrainDataOptions) -> str:

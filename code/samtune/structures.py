@@ -270,7 +270,8 @@ class Batch:
         What is computed for every pixel and class at full resolution is computed band by band, so
         that memory does not grow with the pictures.
         """
-        rows, height, width = self.target.shape
+        rows = len(self.target)
+        height, width = self.frames.frame_size if self.in_frame else self.frames.canvas_size
         lines = max(1, _BAND_VALUES // (rows * width * values))
         return [slice(start, start + lines) for start in range(0, height, lines)]
 

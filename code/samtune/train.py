@@ -30,7 +30,7 @@ from samtune.models.segmenter import PromptedSam
 from samtune.models.weights import find_checkpoint
 from samtune.pipeline import check_pairs, evaluation_loader, usable, validation_scores
 from samtune.run_folder import RunFolder, new_name
-from samtune.sources import complete_named, said_of, training_pairs
+from samtune.sources import complete_named, said_of, scored_sets, training_pairs
 from samtune.trained import describe
 
 SAMPLE_SET = Path("dataset/sample")
@@ -52,6 +52,8 @@ def run(config: TrainConfig, resumed: RunFolder | None, process: Process) -> Tra
         config, remark = _settle(config)
         model, metadata = _build(config, resumed is not None)
         train_pairs, val_pairs = training_pairs(config.data, config.read)
+        if config.test.named:  # what cannot be scored is said now, not after hours of training
+            scored_sets(config.test, config.read, config.data.dataset.split("+"))
     folder = RunFolder(config.run.output_dir)
     saved = Checkpoints(folder, metadata, config.run.save_pth)
     with distributed.together():

@@ -258,6 +258,7 @@ def test_what_is_asked_by_default(read, prompt, meant):
         ({"objects": "instance", "num_classes": 3}, {}, "drop --num_classes"),
         ({"num_classes": 3, "background": 3}, {}, "--background 3"),
         ({"min_area": 0}, {}, "--min_area 0"),
+        ({"num_classes": 3, "objects": "class"}, {"prompt": "none"}, "drop --objects"),
         ({}, {"num_points": 0}, "--num_points 0"),
         ({}, {"refine_steps": -1}, "--refine_steps -1"),
         ({}, {"refine_steps": 1, "prompt": "none"}, "--refine_steps 1"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -53,3 +55,13 @@ def test_the_class_map_is_the_largest_logit_whatever_the_bands(monkeypatch):
     whole = class_map(prediction, batch)
     monkeypatch.setattr(structures, "_BAND_VALUES", 100)
     assert (whole == answer).all() and (class_map(prediction, batch) == whole).all()
+
+
+def test_a_class_map_of_whole_pictures_when_scores_are_taken_in_a_small_frame(monkeypatch):
+    """Bands cover the picture that is drawn, not the target that is scored."""
+    prediction, batch, answer = random_batch()
+    large = Frames.collate([Frame((30, 30), (12, 12))] * 3, (12, 12))
+    monkeypatch.setattr(structures, "_BAND_VALUES", 3 * 12 * K * 4)
+    batch = replace(batch, frames=large, in_frame=True)
+    assert (class_map(prediction, batch) == answer).all()
+    assert class_map(prediction, replace(batch, in_frame=False)).shape == (3, 30, 30)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from samtune.config import PromptOptions, ReadOptions
+from samtune.config import PromptOptions, ReadOptions, answers_classes
 from samtune.data.class_shares import class_names
 from samtune.errors import UserError
 from samtune.structures import IGNORE, Sample
@@ -65,6 +65,11 @@ def check_questions(read: ReadOptions, prompt: PromptOptions) -> None:
         raise UserError("--objects class needs --num_classes K of 2 or more")
     if read.objects == "instance" and read.num_classes > 1:
         raise UserError("--objects instance reads masks as numbers of objects: drop --num_classes")
+    if answers_classes(read.num_classes, prompt.prompt) and read.objects not in ("auto", "mask"):
+        raise UserError(
+            f"--objects {read.objects}: with --prompt none and several classes the answer is a "
+            "mask per class of the whole image; drop --objects, or choose another --prompt"
+        )
     if prompt.refine_steps and prompt.prompt == "none":
         raise UserError(f"--refine_steps {prompt.refine_steps} corrects an answer to a --prompt")
 
