@@ -134,6 +134,14 @@ def compare(argv: list[str]) -> None:
     given, rest = parser.parse_known_args(argv)
     if unknown := set(given.adapters.split(",")) - set(ADAPTERS):
         raise UserError(f"--adapters {min(unknown)}: there are {', '.join(ADAPTERS)}")
+    for name in given.adapters.split(","):  # what one of them refuses is said before training
+        config, _ = read(c.TrainConfig, "train", ["--adapter", name, *rest])
+        data, test = config.data, config.test
+        if data.named and not (data.dataset or test.named or test.test_slice):
+            raise UserError(
+                "there is nothing to compare scores on: set --test_image_dir and --test_mask_dir, "
+                "--test_list, --test_slice or --test_datasets"
+            )
     print(run(given.adapters.split(","), given.output_dir, rest))
 
 

@@ -48,6 +48,15 @@ def test_it_runs_train_step_and_counts_images(config, capsys, monkeypatch):
     assert result["precision"] == "fp32" and result["train"] == "adapter"
 
 
+def test_a_model_with_a_mask_per_class_is_timed_with_its_own_loss(config):
+    one = run(replace(config, prompts=c.PromptOptions("none")), ALONE)
+    several = replace(config.benchmark, num_classes=4, steps=1, warmup=0)
+    asked = replace(config, prompts=c.PromptOptions("none"), benchmark=several)
+    result = run(asked, ALONE)
+    assert result["num_classes"] == 4
+    assert result["trainable_parameters"] > one["trainable_parameters"]
+
+
 def test_the_random_batch_fills_its_frame():
     batch = random_batch(3, 64, PromptOptions())
     assert batch.image.shape == (3, 3, 64, 64) and batch.in_frame

@@ -16,10 +16,10 @@ from samtune.engine import distributed
 from samtune.engine.distributed import Process
 from samtune.engine.optim import build_optimizer, build_schedule
 from samtune.engine.trainer import Trainer, explain_out_of_memory
-from samtune.losses import EveryAnswer, MaskLoss
-from samtune.metrics.region import region_scores
+from samtune.losses import EveryAnswer, make_loss
 from samtune.models.anatomy import checkpoint_activations
 from samtune.models.weights import find_checkpoint
+from samtune.pipeline import validation_scores
 from samtune.structures import Batch, Frame, Frames, Prompts
 
 
@@ -31,13 +31,13 @@ def run(config: BenchmarkConfig, process: Process) -> dict:
     """
     with distributed.together():
         options = config.model
-        ADAPTERS[options.adapter].check(options, config.prompts.prompt)
+        task = classes, prompt = config.benchmark.num_classes, config.prompts.prompt
+        ADAPTERS[options.adapter].check(options, prompt, classes)
         checkpoint = None if options.checkpoint == "auto" else find_checkpoint(options)
         if options.train == "auto":
             options = replace(options, train="adapter")
-        model = build_model(
-            options, config.adapter, config.prompts.prompt, checkpoint, config.run.seed
-        )
+        model = build_model(options, config.adapter, prompt, checkpoint, config.run.seed, classes)
+        scorers, _ = validation_scores(*task, "loss")
     distributed.seed_everything(config.run.seed, process.rank, config.run.deterministic)
     counts = {
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -51,8 +51,8 @@ def run(config: BenchmarkConfig, process: Process) -> dict:
     steps = config.benchmark.warmup + config.benchmark.steps
     trainer = Trainer(
         wrapped,
-        EveryAnswer(MaskLoss(config.loss)),
-        [region_scores],
+        EveryAnswer(make_loss(config.loss, *task)),
+        scorers,
         optimizer,
         build_schedule(optimizer, config.optim, steps),
         process,
@@ -79,7 +79,8 @@ def run(config: BenchmarkConfig, process: Process) -> dict:
         "precision": trainer.precision,
         "activation_checkpointing": config.optim.activation_checkpointing,
         "train": options.train,
-        "prompt": config.prompts.prompt,
+        "prompt": prompt,
+        "num_classes": classes,
         "refine_steps": config.prompts.refine_steps,
         "steps": config.benchmark.steps,
         "device": device_name(process),

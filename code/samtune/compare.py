@@ -7,26 +7,31 @@ of its own, so that memory is each one's own.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import subprocess
 import sys
-from itertools import pairwise
+from dataclasses import fields
 from pathlib import Path
 
+import yaml
+
+from samtune.adapters import ADAPTERS
+from samtune.config import LoaderOptions, LossOptions, OptimOptions, PromptOptions
 from samtune.errors import UserError
 from samtune.run_folder import RunFolder
 
 ENTRY = Path(__file__).parents[1] / "run_sa.py"
-COLUMNS = (
-    "adapter", "trainable parameters", "seconds per epoch", "peak memory, MiB", "Dice", "IoU",
-)  # fmt: skip
+COLUMNS = ("adapter", "trainable parameters", "seconds per epoch", "peak memory, MiB")
+_TIMED = (LoaderOptions, PromptOptions, LossOptions, OptimOptions)  # what a step depends on
 
 
 def run(adapters: list[str], output_dir: str, argv: list[str]) -> str:
     """Compare; write compare.json and compare.md into `output_dir`. Returns the table.
 
     argv: flags of `train` and of each adapter's own that all of them take. An adapter whose run is
-    there already is not trained again. Raises UserError if one of them cannot be trained.
+    there already is not trained again. Raises UserError if one of them cannot be trained, or if
+    there is nothing to score them on.
     """
     root = Path(output_dir)
     rows = []
@@ -35,7 +40,9 @@ def run(adapters: list[str], output_dir: str, argv: list[str]) -> str:
         if not folder.scores.exists():
             print(f"== {name}", flush=True)
             _call("train", "--adapter", name, "--output_dir", str(folder.path), *argv)
-        rows.append(_row(name, folder, argv))
+        if not folder.scores.exists():
+            raise UserError(f"{folder.path} has no scores to compare: say what is to be tested")
+        rows.append(_row(name, folder))
     (root / "compare.json").write_text(json.dumps(rows, indent=2) + "\n")
     table = format_table(rows)
     (root / "compare.md").write_text(table)
@@ -43,50 +50,65 @@ def run(adapters: list[str], output_dir: str, argv: list[str]) -> str:
 
 
 def format_table(rows: list[dict]) -> str:
-    """Markdown, best Dice first."""
-    lines = [" | ".join(COLUMNS), " | ".join("---" for _ in COLUMNS)]
-    for row in sorted(rows, key=lambda row: -row["dice"]):
+    """Markdown with the headlines of the protocol, best first by the first of them."""
+    headlines = list(rows[0]["scores"])
+    columns = (*COLUMNS, *headlines)
+    lines = [" | ".join(columns), " | ".join("---" for _ in columns)]
+    lower = rows[0]["lower_is_better"]
+
+    def rank(row: dict) -> float:
+        value = row["scores"][headlines[0]]
+        return math.inf if value is None else value if lower else -value
+
+    for row in sorted(rows, key=rank):
+        scores = (row["scores"][name] for name in headlines)
         lines.append(
             f"`{row['adapter']}` | {row['trainable_parameters']:,} | "
             f"{row['seconds_per_epoch']:.1f} | {row['peak_memory_bytes'] / 2**20:,.0f} | "
-            f"{row['dice']:.4f} | {row['iou']:.4f}"
+            + " | ".join("-" if value is None else f"{value:.4f}" for value in scores)
         )
     return "".join(f"| {line} |\n" for line in lines)
 
 
-def _row(name: str, folder: RunFolder, argv: list[str]) -> dict:
+def _row(name: str, folder: RunFolder) -> dict:
     """What the table says of one adapter: scores and time of its run, memory of its steps."""
-    scores = json.loads(folder.scores.read_text())["tuned"]
+    sets = json.loads(folder.scores.read_text())
+    sets = {"": sets} if "tuned" in sets else sets  # several test sets are scored apart
+    one = next(iter(sets.values()))
     epochs = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
-    timed = _call(
-        "benchmark", "--adapter", name, "--steps", "3", "--warmup", "1", "--train",
-        _trained(folder), *_only(argv, "model_type", "image_size", "batch_size", "precision",
-                                 "prompt"), capture=True,
-    )  # fmt: skip
-    speed = json.loads(timed.splitlines()[-1])
+    speed = json.loads(_call("benchmark", *as_trained(folder, one), capture=True).splitlines()[-1])
+    headlines = {
+        f"{test} {score}".strip(): headline
+        for test, scores in sets.items()
+        for score, headline in scores["headlines"]["tuned"].items()
+    }
     return {
         "adapter": name,
         "trainable_parameters": speed["trainable_parameters"],
         "seconds_per_epoch": statistics.median(epoch["seconds"] for epoch in epochs),
         "peak_memory_bytes": speed["peak_memory_bytes"],
-        "dice": scores["dice"],
-        "iou": scores["iou"],
+        "scores": {score: headline["value"] for score, headline in headlines.items()},
+        "lower_is_better": next(iter(headlines.values()))["better"] == "lower",
         "best_epoch": next(e["epoch"] for e in reversed(epochs) if e["best"]),
         "device": speed["device"],
     }
 
 
-def _trained(folder: RunFolder) -> str:
-    """What trained in the run: 'all' from random weights, else what --train says."""
-    scores = json.loads(folder.scores.read_text())
-    if scores["train"] != "auto":
-        return scores["train"]
-    return "adapter" if scores["base_sha256"] else "all"
-
-
-def _only(argv: list[str], *names: str) -> list[str]:
-    """The flags of these names, with their values."""
-    return [word for flag, value in pairwise(argv) if flag[2:] in names for word in (flag, value)]
+def as_trained(folder: RunFolder, scores: dict) -> list[str]:
+    """Flags of `benchmark` for steps as the run took them, but from random weights."""
+    options = yaml.safe_load(folder.config.read_text())
+    groups = (*_TIMED, ADAPTERS[options["adapter"]].options)
+    names = [f.name for group in groups for f in fields(group)]
+    told = {name: options[name] for name in (*names, "adapter", "model_type", "class_layout")}
+    auto = "adapter" if scores["base_sha256"] else "all"
+    told |= {
+        "train": auto if options["train"] == "auto" else options["train"],
+        "image_size": options["crop"] or options["image_size"],
+        "num_classes": options["num_classes"],
+        "steps": 3,
+        "warmup": 1,
+    }
+    return [f"--{name}={value}" for name, value in told.items()]
 
 
 def _call(verb: str, *flags: str, capture: bool = False) -> str:

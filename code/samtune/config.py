@@ -417,6 +417,9 @@ class BenchmarkOptions:
 
     steps: int = option(10, "timed optimizer steps")
     warmup: int = option(2, "untimed steps before")
+    num_classes: int = option(
+        1, "K of 2 or more with --prompt none: the model answers with K masks"
+    )
 
 
 @dataclass(frozen=True)
