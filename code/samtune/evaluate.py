@@ -32,6 +32,7 @@ from samtune.errors import UserError
 from samtune.gallery import Pictures, drawing_of
 from samtune.judging import Bench, Judged
 from samtune.metrics.protocols import PROTOCOLS, choose
+from samtune.metrics.scoring import OWN_COLUMNS
 from samtune.pipeline import check_pairs, usable
 from samtune.run_folder import RunFolder, newest
 from samtune.sources import scored_sets
@@ -238,10 +239,9 @@ def _write_table(path: Path, results: dict[str, Judged]) -> None:
             (name, score)
             for name, result in results.items()
             for score in (result.table[0] if result.table else ())
-            if score not in ("id", "group", "empty_truth", "ignored_pixels")
+            if score not in OWN_COLUMNS
         ]
-        writer.writerow(["id", "group", "empty_truth", "ignored_pixels"]
-                        + [f"{name}_{score}" for name, score in columns])  # fmt: skip
+        writer.writerow([*OWN_COLUMNS, *(f"{name}_{score}" for name, score in columns)])
         for key, row in rows["tuned"].items():
             facts = [key, row["group"], int(row["empty_truth"]), row["ignored_pixels"]]
             cells = (rows[name][key][score] for name, score in columns)

@@ -31,8 +31,6 @@ from samtune.models.segmenter import PromptedSam
 from samtune.pipeline import evaluation_loader, original_boxes
 from samtune.structures import IGNORE, Batch, Prediction
 
-LOSSES = ("loss", "bce", "iou_loss", "ce", "dice_loss")  # columns that are no protocol's
-
 
 class Judged(NamedTuple):
     """What one model scored. told: what it was told, as the batches show it.
