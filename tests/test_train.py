@@ -466,3 +466,11 @@ def test_gsam_is_scored_beside_sam_where_its_frame_is_one(config):
     train(config, None, ALONE)
     assert load_untuned("run").image_size == (48, 64)
     assert {"tuned", "zero_shot", "box_filled"} <= score().keys()
+
+
+def test_a_question_about_one_object_needs_a_prompt(config):
+    asked = replace(
+        config, read=c.ReadOptions(objects="component"), prompts=c.PromptOptions(prompt="none")
+    )
+    with pytest.raises(UserError, match=r"--objects component: .* needs a --prompt"):
+        train(asked, None, ALONE)

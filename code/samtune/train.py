@@ -146,6 +146,10 @@ def _build(config: TrainConfig, resumed: bool) -> tuple[PromptedSam, dict]:
     classes = config.read.num_classes
     adapter.check(config.model, config.prompts.prompt, classes, config.data.crop)
     check_questions(config.read, config.prompts)
+    if config.prompts.prompt == "none" and config.read.objects not in ("auto", "mask"):
+        raise UserError(
+            f"--objects {config.read.objects}: a question about one object needs a --prompt"
+        )
     validation_scores(classes, config.prompts.prompt, config.run.best_by)
     base = find_checkpoint(config.model)
     seed, prompt = config.run.seed, config.prompts.prompt

@@ -18,6 +18,7 @@ from samtune.data.catalog import (
 from samtune.data.catalog_rows import DATASETS
 from samtune.data.codings import CODINGS
 from samtune.data.files import Pair
+from samtune.data.objects import classes_asked
 from samtune.data.samples import read_sample
 from samtune.data.scan import scan_pairs
 from samtune.data.splits import hold_out
@@ -212,3 +213,11 @@ def test_class_shares_are_remarked(tmp_path):
     assert f"0 sky {sky:.2%} in 3" in report.remarks[0]
     assert any(line.startswith(f"{(masks == IGNORE).mean():.2%} of the pixels are ignored")
                for line in report.remarks)  # fmt: skip
+
+
+def test_where_every_class_is_an_object_all_are_asked_about_unless_a_flag_says_otherwise(tmp_path):
+    cityscapes(tmp_path)
+    usual = read_options(["cityscapes"], tmp_path, ReadOptions())
+    assert usual.background == -1 and 0 in classes_asked(usual)
+    assert read_options(["cityscapes"], tmp_path, usual) == usual, "as a run that goes on reads it"
+    assert read_options(["cityscapes"], tmp_path, ReadOptions(background=3)).background == 3

