@@ -338,9 +338,10 @@ def test_every_prompt_is_asked_about_the_same_images(config):
     assert scores["counts"]["empty_truths"] == 0
 
 
-def test_a_run_that_goes_on_is_scored_on_the_test_data_it_is_given_then(config):
+def test_a_run_that_goes_on_is_scored_on_the_test_data_it_is_given_then(config, monkeypatch):
     import run_sa
 
+    monkeypatch.setitem(run_sa.CHOICES, "model_type", list(MODEL_TYPES))  # made at import
     train(replace(config, test=c.TestDataOptions()), None, ALONE)
     test = [f"--{name}={value}" for name, value in vars(config.test).items() if value]
     run_sa.train(["--resume", "run", "--workers", "0", *test])

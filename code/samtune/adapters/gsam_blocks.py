@@ -36,15 +36,15 @@ class ResNet(NamedTuple):
 
     block: type[BasicBlock] | type[Bottleneck]
     blocks: tuple[int, ...]
-    file: str
     stem: int = 64
     planes: tuple[int, ...] = (64, 128, 256)
+    file: str = ""
 
 
 RESNETS = {
-    18: ResNet(BasicBlock, (2, 2, 2), "resnet18-f37072fd.pth"),
-    50: ResNet(Bottleneck, (3, 4, 6), "resnet50-0676ba61.pth"),
-    101: ResNet(Bottleneck, (3, 4, 23), "resnet101-63fe2227.pth"),
+    18: ResNet(BasicBlock, (2, 2, 2), file="resnet18-f37072fd.pth"),
+    50: ResNet(Bottleneck, (3, 4, 6), file="resnet50-0676ba61.pth"),
+    101: ResNet(Bottleneck, (3, 4, 23), file="resnet101-63fe2227.pth"),
 }
 
 
