@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import traceback
 from contextlib import contextmanager
 from dataclasses import fields
@@ -40,6 +41,7 @@ NEXT_STEPS = """
 That was the sample set. For your own images: edit the variables at the top of run.sh (MODEL_TYPE,
 CHECKPOINT, TRAIN_IMAGE_DIR, TRAIN_MASK_DIR, ...) and launch it again; ./eval.sh scores the newest
 run. README.md says more."""
+PATIENCE = 30  # seconds
 CHOICES = {"model_type": tuple(MODEL_TYPES), "adapter": tuple(ADAPTERS)}
 
 
@@ -59,8 +61,12 @@ def main(argv: list[str]) -> int:
         said, code = "".join(traceback.format_exception(error)), EXIT_CRASH
     else:
         return 0
-    # Ranks that had met agreed who speaks; before that all found the same, and rank 0 says it.
-    if processes.speaks if processes.met else is_rank_0():
+    # Ranks that had met agreed who speaks; before that all found the same, and rank 0 says it. It
+    # must not be ended before: torchrun ends all others as soon as one has left. Its own end then
+    # ends this wait; who waits in vain has met something that rank 0 has not.
+    if not (processes.met or is_rank_0()):
+        time.sleep(PATIENCE)
+    if processes.speaks or not processes.met:
         print(said.rstrip(), file=sys.stderr, flush=True)
     if processes.met:
         # The other ranks are leaving as well. An orderly end would wait for their half-closed

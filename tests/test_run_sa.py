@@ -136,6 +136,25 @@ def test_a_mistake_is_said_once_without_traceback(house, flags, said):
     assert text.count("error: ") == 1 and said in text, text
 
 
+def test_other_ranks_let_rank_0_speak_first(house):
+    """torchrun ends rank 0 as soon as another rank has left, perhaps before it has spoken."""
+    command = [sys.executable, "code/run_sa.py", "train", "--learning_rate", "1"]
+    ranks = [
+        subprocess.Popen(
+            command, cwd=house, env=environment(RANK=rank, WORLD_SIZE="2"), text=True,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        )
+        for rank in "10"
+    ]  # fmt: skip
+    try:
+        _, said = ranks[1].communicate(timeout=60)
+        assert ranks[1].returncode == 2 and "unknown option --learning_rate" in said
+        assert ranks[0].poll() is None, "rank 1 waits"
+    finally:
+        ranks[0].terminate()
+    assert ranks[0].communicate(timeout=60)[1] == ""
+
+
 def test_no_flag_is_an_abbreviation_of_torchruns():
     """torchrun would take `--run` for one of `--run-path` and `--run_path`, and refuse both."""
     from torch.distributed.run import get_args_parser
