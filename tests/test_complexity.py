@@ -39,8 +39,19 @@ def model_of(adapter: str, options=None, model_type: str = "vit_b"):
     ],
 )
 def test_published_cost(adapter, options, side, giga):
+    """The published code projects the padding of border windows, too; here one zero stands for it.
+
+    Where G-SAM's terms look around they need all of it.
+    """
+    spared = 0
+    if adapter != "conv_lora":
+        grid = side // (ADAPTERS[adapter].stride or 16)
+        outside = (-(-grid // 14) * 14) ** 2 - grid**2
+        of_token = 4 * 768**2 + (2 * 3 * 768 * 16 if adapter == "lora" else 0)
+        of_zero = of_token - 768**2  # it needs no projection of the result
+        spared = 8 * (outside * of_token - of_zero)
     assert count_macs(model_of(adapter, options), (side, side)) == pytest.approx(
-        giga * 1e9, abs=DIGIT
+        giga * 1e9 - spared, abs=DIGIT
     )
 
 

@@ -174,6 +174,7 @@ def test_blocks_read_the_same(any_encoder):
         assert isinstance(block.mlp, torch.nn.Module)
         block.attn.qkv.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     any_encoder(torch.randn(1, 3, 64, 64))
+    seen = [x for x in seen if x.shape[1] > 1]  # but the zero beyond the border
     assert len(seen) == len(blocks) > 1
     for block, x in zip(blocks, seen, strict=True):
         assert x.ndim == 4 and x.shape[-1] == block.attn.qkv.in_features

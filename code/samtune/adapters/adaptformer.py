@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from samtune.adapters.bottleneck import BottleneckAdapter, SpatialMultiscaleAdapter
-from samtune.adapters.layers import AdaptedBlock, thaw_decoder
+from samtune.adapters.layers import thaw_decoder
 from samtune.adapters.options import AdaptFormerOptions
 from samtune.errors import UserError
+from samtune.models.attention import Block
 from samtune.models.sam import Sam
 from samtune.models.segmenter import PromptedSam
 
@@ -55,7 +56,7 @@ def adapt_block(block: nn.Module, options: AdaptFormerOptions) -> nn.Module:
     return block
 
 
-class OriginalBlock(AdaptedBlock):
+class OriginalBlock(Block):
     """The adapter reads what enters the MLP's norm."""
 
     def __init__(self, block: nn.Module, options: AdaptFormerOptions):
@@ -68,7 +69,7 @@ class OriginalBlock(AdaptedBlock):
         return x + self.mlp(self.norm2(x)) + self.adaptmlp(x)
 
 
-class NormalisedBlock(AdaptedBlock):
+class NormalisedBlock(Block):
     """The adapter reads what the norm returns, as the MLP does."""
 
     def __init__(self, block: nn.Module, options: AdaptFormerOptions):

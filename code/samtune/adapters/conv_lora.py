@@ -69,6 +69,8 @@ class ConvLoRASam(PromptedSam):
 class ConvLoRAQKV(HostedLinear):
     """x W + b + scale (z + expert(z)) B with z = x A: the original form, zero at the start."""
 
+    looks_around = True  # see `RelativeAttention`
+
     def __init__(self, stock: nn.Linear, rank: int, scale: float, experts: int):
         super().__init__(stock)
         self.scale = scale
@@ -217,6 +219,8 @@ class HeadwiseConvLoRA(HeadwiseLowRank):
 
     They enlarge to 1, 2, 3 and 4 times the size, nearest, convolve and bring back, nearest.
     """
+
+    looks_around = True
 
     def __init__(self, head_dim: int):
         super().__init__(head_dim)

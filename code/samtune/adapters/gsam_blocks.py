@@ -16,9 +16,8 @@ from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from samtune.adapters.bottleneck import SpatialMultiscaleAdapter
-from samtune.adapters.layers import AdaptedBlock
 from samtune.errors import UserError
-from samtune.models.attention import RelativeAttention
+from samtune.models.attention import Block, RelativeAttention, in_windows
 from samtune.models.positions import resize_rel_pos
 from samtune.models.sam import LayerNorm2d
 from samtune.tensor_files import read_state_dict
@@ -114,8 +113,10 @@ def _stage(
 class PooledAttention(RelativeAttention):
     """Every token attends to 3 x 3 averages of its window, or of the grid. Stock's parameters."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, window_size: int = 0) -> Tensor:
         """(B, h, w, C) -> (B, h, w, C)."""
+        if window_size:
+            return in_windows(self, x, window_size)
         grid = x.shape[1:3]
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, h, w, 3, heads, d)
         q, k, v = qkv.permute(3, 0, 4, 1, 2, 5).unbind(0)  # (B, heads, h, w, d) each
@@ -164,7 +165,7 @@ def _by_pooled_key(table: Tensor, length: int) -> Tensor:
     return table[longer * (POOLED * query + (2 - key) * length) // (POOLED * length)]
 
 
-class GsamBlock(AdaptedBlock):
+class GsamBlock(Block):
     """SAM's block with pooled attention and an adapter that looks around, beside the MLP.
 
     Blocks of global attention also refine the CNN's features, and train their relative positions.

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from samtune.models.attention import in_windows
 from samtune.models.mask_decoder import ClassDecoder, masks_read
 from samtune.models.prompt_encoder import parts_used
 from samtune.models.sam import ImageEncoderViT, MaskDecoder, Sam
@@ -88,24 +87,6 @@ class AdaptedEncoder(nn.Module):
             size = [side + overlap for side in image.shape[-2:]]
             image = F.interpolate(image, size, mode="bilinear", align_corners=False)
         return self.patch_embed(image)
-
-
-class AdaptedBlock(nn.Module):
-    """A base for blocks that write the forward of SAM's anew; the stock parts keep their names."""
-
-    def __init__(self, block: nn.Module):
-        super().__init__()
-        self.norm1, self.attn = block.norm1, block.attn
-        self.norm2, self.mlp = block.norm2, block.mlp
-        self.window_size = block.window_size
-
-    @property
-    def embed_dim(self) -> int:
-        return self.norm2.normalized_shape[0]
-
-    def attend(self, x: Tensor) -> Tensor:
-        """The first half of the stock forward: (B, h, w, C) -> the same."""
-        return x + in_windows(self.attn, self.norm1(x), self.window_size)
 
 
 def high_pass(image: Tensor, rate: float = 0.25) -> Tensor:

@@ -14,7 +14,12 @@ _OUTER_SCALE = 0.5  # of G-SAM's terms, beside their own 1 / bottleneck
 
 
 class HostedLinear(nn.Linear):
-    """A base for projections with more in them: stock's own weight and bias hang on this module."""
+    """A base for projections with more in them: stock's own weight and bias hang on this module.
+
+    looks_around: whether what becomes of a token depends on those around it.
+    """
+
+    looks_around = False
 
     def __init__(self, stock: nn.Linear):
         super().__init__(stock.in_features, stock.out_features, device="meta")
@@ -38,6 +43,7 @@ class HeadwiseQKV(HostedLinear):
         self.layout = layout
         head_dim = stock.out_features // (3 * layout.num_heads)
         self.lora_q, self.lora_k, self.lora_v = make(head_dim), make(head_dim), make(head_dim)
+        self.looks_around = self.lora_q.looks_around
 
     @property
     def terms(self) -> tuple[nn.Module, nn.Module, nn.Module]:
@@ -59,6 +65,8 @@ class HeadwiseLowRank(nn.Module):
 
     `bottleneck` is what a subclass does between A and B.
     """
+
+    looks_around = False
 
     def __init__(self, head_dim: int):
         super().__init__()

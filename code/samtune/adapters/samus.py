@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from samtune.adapters.bottleneck import BottleneckAdapter
-from samtune.adapters.layers import AdaptedBlock, AdaptedEncoder, thaw_decoder
+from samtune.adapters.layers import AdaptedEncoder, thaw_decoder
 from samtune.adapters.options import SamusOptions
 from samtune.errors import UserError
+from samtune.models.attention import Block
 from samtune.models.mask_decoder import ClassDecoder
 from samtune.models.positions import resize_pos_embed
 from samtune.models.sam import ImageEncoderViT, LayerNorm2d, Sam
@@ -83,7 +84,7 @@ class SamusEncoder(AdaptedEncoder):
         return self.post_pos_embed(table.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-class CrossBranchBlock(AdaptedBlock):
+class CrossBranchBlock(Block):
     """A block of global attention whose tokens ask the branch first; it refines the branch, too."""
 
     def __init__(self, block: nn.Module):

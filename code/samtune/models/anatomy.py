@@ -5,17 +5,18 @@ them can be replaced in place. What differs is said here.
 
 |  | SAM's ViT | TinyViT |
 |---|---|---|
-| `attn.qkv` reads | (B', h, w, C) | (B', window, window, C) |
+| `attn.qkv` reads | (B, h, w, C) | (B', window, window, C) |
 | its 3C outputs | q, k, v, each of all heads | all heads, each q, k, v |
 | `mlp` reads | (B, h, w, C), normalised | (B, h w, C), normalises by itself |
 | the width C | one for all blocks | grows from layer to layer |
 
-B' counts windows, or images where a block attends to the whole grid.
+B' counts windows. A `qkv` of SAM's ViT that looks around a token (`looks_around`) reads windows
+too; any other reads a single zero, (1, 1, 1, C), beside the grid where windows reach over it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -36,6 +37,20 @@ def checkpoint_activations(encoder: nn.Module) -> None:
     """
     for block in attention_blocks(encoder):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def hold_frozen(encoder: nn.Module, dtype: torch.dtype, names: Container[str]) -> None:
+    """Keep the frozen weights of linear and convolution layers in the number format of autocast.
+
+    In place; nothing else changes, as autocast would convert them before each use, and keep the
+    copy for the backward pass. names: the tensors (as in the encoder's state dict) that may be held
+    so: what is saved from here must not have lost digits.
+    """
+    for prefix, layer in encoder.named_modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            for name, parameter in layer.named_parameters(recurse=False):
+                if not parameter.requires_grad and f"{prefix}.{name}" in names:
+                    parameter.data = parameter.data.to(dtype)
 
 
 @dataclass(frozen=True)

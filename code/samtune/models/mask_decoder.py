@@ -9,10 +9,37 @@ from __future__ import annotations
 import torch
 from segment_anything.modeling import MaskDecoder
 from segment_anything.modeling.mask_decoder import MLP
+from segment_anything.modeling.transformer import Attention, TwoWayTransformer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 LAYOUTS = ("samed", "gsam")
 _GSAM_IOUS = 4  # estimates of G-SAM's IoU head, whatever the number of classes
+
+
+class TokenAttention(nn.Module):
+    """The transformer's attention on stock's parameters, by torch's fused kernels."""
+
+    def __init__(self, stock: Attention):
+        super().__init__()
+        self.num_heads = stock.num_heads
+        self.q_proj, self.k_proj, self.v_proj = stock.q_proj, stock.k_proj, stock.v_proj
+        self.out_proj = stock.out_proj
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(R, N, C), (R, N', C), (R, N', C) -> (R, N, C)."""
+        projected = self.q_proj(q), self.k_proj(k), self.v_proj(v)
+        heads = (x.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for x in projected)
+        return self.out_proj(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+
+
+def fuse_attention(transformer: TwoWayTransformer) -> TwoWayTransformer:
+    """Replace the stock transformer's attentions in place; names do not change."""
+    for parent in list(transformer.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Attention):
+                setattr(parent, name, TokenAttention(child))
+    return transformer
 
 
 class ClassDecoder(nn.Module):

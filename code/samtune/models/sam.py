@@ -1,6 +1,7 @@
 """A `segment_anything` Sam of any size, from the table of model types.
 
-All classes are stock but the image encoder's attention, which has stock's parameters and values.
+All classes are stock but the image encoder's blocks and all attentions, which have stock's
+parameters and values.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from torch import nn
 from samtune.config import Size
 from samtune.errors import UserError
 from samtune.models import MODEL_TYPES, NORMALISATIONS, ModelType
-from samtune.models.attention import RelativeAttention
+from samtune.models.attention import Block, RelativeAttention
+from samtune.models.mask_decoder import fuse_attention
 
 
 def build_sam(
@@ -115,8 +117,9 @@ def _make_position_tables(
 
     Stock starts the absolute table at zero, because weights are always loaded over it.
     """
-    for block in encoder.blocks:
+    for index, block in enumerate(encoder.blocks):
         block.attn = RelativeAttention(block.attn)
+        encoder.blocks[index] = Block(block)
         if block.window_size == 0:  # the others have tables of their window
             width = block.attn.rel_pos_h.shape[1]
             block.attn.rel_pos_h = nn.Parameter(torch.zeros(2 * grid[0] - 1, width))
@@ -147,11 +150,13 @@ def build_mask_decoder(model_type: ModelType) -> MaskDecoder:
     """Features and prompt tokens -> mask logits at four times the grid; see `decode_masks`."""
     return MaskDecoder(
         transformer_dim=model_type.prompt_embed_dim,
-        transformer=TwoWayTransformer(
-            depth=model_type.decoder_depth,
-            embedding_dim=model_type.prompt_embed_dim,
-            num_heads=model_type.decoder_heads,
-            mlp_dim=model_type.decoder_mlp_dim,
+        transformer=fuse_attention(
+            TwoWayTransformer(
+                depth=model_type.decoder_depth,
+                embedding_dim=model_type.prompt_embed_dim,
+                num_heads=model_type.decoder_heads,
+                mlp_dim=model_type.decoder_mlp_dim,
+            )
         ),
         num_multimask_outputs=model_type.multimask_outputs,
         iou_head_depth=model_type.iou_head_depth,
