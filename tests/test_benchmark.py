@@ -8,11 +8,12 @@ import torch
 
 from samtune import config as c
 from samtune.adapters.options import DecoderOptions
-from samtune.benchmark import random_batch, run
+from samtune.benchmark import run
 from samtune.config import PromptOptions
 from samtune.engine.distributed import Process
 from samtune.engine.trainer import Trainer
 from samtune.models import MODEL_TYPES
+from samtune.random_data import random_batch
 
 ALONE = Process(0, 1, 0, torch.device("cpu"))
 
