@@ -21,8 +21,10 @@ from samtune.errors import (
     EXIT_ABORTED,
     EXIT_CRASH,
     EXIT_INTERRUPTED,
+    EXIT_OUT_OF_MEMORY,
     EXIT_USER_ERROR,
     Interrupted,
+    OutOfMemory,
     UserError,
 )
 from samtune.models import MODEL_TYPES
@@ -34,7 +36,8 @@ VERBS = {
     "import": "turn a published checkpoint, or the parent's, into a run",
     "merge": "fold a trained adapter into a stock SAM's weights, where that is possible",
     "compare": "train several adapters under one budget, with the flags of train",
-    "benchmark": "time training steps on random data; the last line is JSON",
+    "benchmark": "time training steps or scoring on random data, or find the largest batch that "
+    "fits; the last line is JSON",
     "adapters": "print what each adapter does, takes, trains and costs, as Markdown",
 }
 NEXT_STEPS = """
@@ -54,7 +57,8 @@ def main(argv: list[str]) -> int:
         RUN[verb](argv)
     except (UserError, Interrupted) as error:
         said = f"error: {error}" if isinstance(error, UserError) else str(error)
-        code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_INTERRUPTED
+        codes = {OutOfMemory: EXIT_OUT_OF_MEMORY, Interrupted: EXIT_INTERRUPTED}
+        code = codes.get(type(error), EXIT_USER_ERROR)
     except KeyboardInterrupt:
         said, code = "aborted", EXIT_ABORTED
     except Exception as error:
@@ -104,6 +108,8 @@ def evaluate(argv: list[str]) -> None:
         "run_sa.py evaluate", VERBS["evaluate"], groups, argv, retired=c.RETIRED, choices=CHOICES
     )
     remark(parsed)
+    if parsed.given.get("batch_size") == "auto":
+        raise UserError("--batch_size auto is for training; say how many images to score at once")
     with processes() as process:
         from samtune.evaluate import run
 

@@ -14,8 +14,11 @@ from samtune.adapters.options import (
     LoraOptions,
     SamusOptions,
 )
-from samtune.complexity import build_weightless, count_macs, count_trainable
-from samtune.config import ModelOptions
+from samtune.complexity import build_weightless, count_macs, count_step, count_trainable
+from samtune.config import LossOptions, ModelOptions, PromptOptions
+from samtune.losses import MaskLoss
+from samtune.random_data import random_batch
+from samtune.structures import Prediction
 
 DIGIT = 0.01e9  # to which the figures are printed
 
@@ -123,3 +126,35 @@ def test_a_model_with_weights_costs_the_same_and_stays(tiny):
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert count_trainable(model) == count_trainable(weightless)
     assert all(p.is_meta for p in weightless.parameters())
+
+
+def test_a_step_by_hand():
+    """Two layers: backward is a product per weight that trains, and one for what lies between."""
+
+    class Two(nn.Module):
+        def __init__(self, frozen: bool):
+            super().__init__()
+            self.first = nn.Linear(3, 8).requires_grad_(not frozen)
+            self.second = nn.Linear(8, 1)
+
+        def forward(self, image, prompts, valid_size):
+            x = self.second(self.first(image.float().permute(0, 2, 3, 1)))
+            return Prediction(x.permute(0, 3, 1, 2))
+
+    pixels, loss = 2 * 64 * 64, MaskLoss(LossOptions(iou_weight=0))
+    batch = random_batch(2, 64, PromptOptions("none"))
+    first, second = 3 * 8 * pixels, 8 * pixels
+    forward = first + second
+    assert count_step(Two(True), batch, None) == (forward, 2 * forward)
+    assert count_step(Two(True), batch, loss) == (forward, 2 * (forward + second))
+    assert count_step(Two(False), batch, loss) == (forward, 2 * (forward + 2 * second + first))
+
+
+def test_a_step_costs_its_forward_pass_as_the_table_counts_it(tiny):
+    model = build_model(
+        ModelOptions(model_type="tiny", adapter="lora"), LoraOptions(), "box", None, 1
+    ).train()
+    work = count_step(model, random_batch(3, (64, 64), PromptOptions()), MaskLoss(LossOptions()))
+    assert work.macs == 3 * count_macs(model, (64, 64), "box")
+    assert work.flops > 2 * 2 * work.macs > 0, "the backward pass goes through the encoder"
+    assert all(p.grad is None for p in model.parameters())

@@ -1,157 +1,227 @@
-"""The verb `benchmark`: time the trainer's own `train_step` on random data, without files."""
+"""The verb `benchmark`: time the trainer's own `train_step`, or scoring, on random data without
+files; or find the largest batch that fits into memory (`--probe`).
+"""
 
 from __future__ import annotations
 
 import json
-import resource
-import time
+import statistics
 from dataclasses import replace
+from itertools import repeat
+from typing import NamedTuple
 
 import torch
 
+from samtune import probe
 from samtune.adapters import ADAPTERS, build_model
-from samtune.config import BenchmarkConfig, PromptOptions, Size
-from samtune.data.prompts import collate_prompts, make_prompt
+from samtune.config import BenchmarkConfig, Size
 from samtune.engine import distributed
 from samtune.engine.distributed import Process
-from samtune.engine.optim import build_optimizer, build_schedule
+from samtune.engine.evaluator import Evaluator
+from samtune.engine.optim import build_optimizer, build_schedule, resolve_precision
 from samtune.engine.trainer import Trainer, explain_out_of_memory
+from samtune.errors import UserError
 from samtune.losses import EveryAnswer, make_loss
+from samtune.machine import Stopwatch, device_name, matmul_peak, peak_memory
 from samtune.models.anatomy import checkpoint_activations
+from samtune.models.segmenter import PromptedSam
 from samtune.models.weights import find_checkpoint
 from samtune.pipeline import validation_scores
-from samtune.structures import Batch, Frame, Frames, Prompts
+from samtune.random_data import random_batch
+from samtune.structures import Batch
+
+
+class Timed(NamedTuple):
+    """seconds: of each timed step. peak: bytes, see `peak_memory`."""
+
+    seconds: list[float]
+    peak: int
 
 
 def run(config: BenchmarkConfig, process: Process) -> dict:
-    """Time `--steps` optimizer steps after `--warmup` untimed ones; print one JSON line.
+    """Time `--steps` steps after `--warmup` untimed ones; print one JSON line.
 
-    Weights are random unless --checkpoint names a file: speed does not depend on them. Images
-    fill the frame; the loss is taken there.
+    Weights are random unless --checkpoint names a file: speed does not depend on them. With --probe
+    the line is what `probe.run` returns.
     """
     with distributed.together():
-        options = config.model
-        task = classes, prompt = config.benchmark.num_classes, config.prompts.prompt
-        ADAPTERS[options.adapter].check(options, prompt, classes)
-        checkpoint = None if options.checkpoint == "auto" else find_checkpoint(options)
-        if options.train == "auto":
-            options = replace(options, train="adapter")
-        model = build_model(options, config.adapter, prompt, checkpoint, config.run.seed, classes)
-        scorers, _ = validation_scores(*task, "loss")
+        config = _settled(config)
+    if config.benchmark.probe:
+        return _print(probe.run(config, process), process)
+    with distributed.together():
+        model = _build(config)
+        batch = _batch(config, model)
+        if config.optim.accumulate < 1:
+            raise UserError(f"--accumulate {config.optim.accumulate}: must be at least 1")
     distributed.seed_everything(config.run.seed, process.rank, config.run.deterministic)
-    counts = {
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "total_parameters": sum(p.numel() for p in model.parameters()),
-    }
-    image_size = model.image_size
-    if config.optim.activation_checkpointing:
-        checkpoint_activations(model.image_encoder)
-    wrapped = distributed.wrap(model, process)
-    optimizer = build_optimizer(wrapped, config.optim)
-    steps = config.benchmark.warmup + config.benchmark.steps
-    trainer = Trainer(
-        wrapped,
-        EveryAnswer(make_loss(config.loss, *task)),
-        scorers,
-        optimizer,
-        build_schedule(optimizer, config.optim, steps),
-        process,
-        clip_norm=config.optim.clip_norm,
-        precision=config.optim.precision,
-    )
-    batch = random_batch(config.loader.batch_size, image_size, config.prompts)
-    micro_batches = [batch] * config.optim.accumulate
-    count = len(micro_batches) * config.loader.batch_size * process.world
-    model.train()
+    facts = _facts(config, model, process)
     with explain_out_of_memory():
-        seconds = _time(trainer, micro_batches, count, config, process)
+        time_steps = _time_scoring if config.benchmark.evaluate else _time_training
+        timed = time_steps(config, model, batch, process)
+    model = None  # what is measured now should not share the memory with it
+    images = facts["accumulate"] * facts["batch_size"] * process.world
+    seconds = statistics.mean(timed.seconds)
     result = {
-        "images_per_second": round(count / seconds, 4),
+        "images_per_second": round(images / seconds, 4),
         "seconds_per_step": round(seconds, 6),
-        "peak_memory_bytes": peak_memory(process),
-        **counts,
-        "adapter": options.adapter,
-        "model_type": options.model_type,
-        "image_size": image_size.plain,
-        "batch_size": config.loader.batch_size,
-        "accumulate": config.optim.accumulate,
-        "processes": process.world,
-        "precision": trainer.precision,
-        "activation_checkpointing": config.optim.activation_checkpointing,
-        "train": options.train,
-        "prompt": prompt,
-        "num_classes": classes,
-        "refine_steps": config.prompts.refine_steps,
-        "steps": config.benchmark.steps,
-        "device": device_name(process),
-        "torch": torch.__version__,
+        "median_seconds": round(statistics.median(timed.seconds), 6),
+        "seconds_of_steps": [round(lap, 6) for lap in timed.seconds],
+        "peak_memory_bytes": timed.peak,
+        **(_share_of_peak(config, batch, timed, process) if config.benchmark.peak else {}),
+        **facts,
     }
+    return _print(result, process)
+
+
+def _print(result: dict, process: Process) -> dict:
     if process.is_main:
         print(json.dumps(result), flush=True)
     return result
 
 
-def random_batch(
-    batch_size: int, image_size: int | tuple[int, int], prompt: PromptOptions
-) -> Batch:
-    """Images of noise with a box-shaped object each, in frames without padding.
+def _settled(config: BenchmarkConfig) -> BenchmarkConfig:
+    """With what is left open decided. Raises UserError for what cannot be timed."""
+    options, timed = config.model, config.benchmark
+    ADAPTERS[options.adapter].check(options, config.prompts.prompt, timed.num_classes)
+    if timed.steps < 1 or timed.warmup < 0:
+        raise UserError("--steps must be at least 1, and --warmup at least 0")
+    if config.loader.batch_size == "auto":
+        raise UserError("--batch_size auto is for training; `benchmark --probe` finds its number")
+    if timed.probe and timed.evaluate:
+        raise UserError("--probe is about training: leave out --evaluate")
+    if options.train == "auto":
+        options = replace(options, train="adapter")
+    # A warm-up of the learning rate may be longer than what is timed, and costs nothing.
+    return replace(config, model=options, optim=replace(config.optim, warmup_steps=0))
 
-    image_size: (S_h, S_w), or the side of a square.
-    """
-    generator = torch.Generator().manual_seed(0)
-    height, width = size = Size.read(image_size)
-    shape = (batch_size, 3, height, width)
-    image = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-    target = torch.zeros(batch_size, height, width, dtype=torch.uint8)
-    target[:, height // 4 : 3 * height // 4, width // 4 : 3 * width // 4] = 1
-    prompts = Prompts()
-    if prompt.prompt != "none":
-        told = (
-            make_prompt(mask, Frame(size, size), size, prompt, train=True, words=(0, i))
-            for i, mask in enumerate(target.numpy())
-        )
-        prompts = collate_prompts(list(told))
-    return Batch(
-        image,
-        target,
-        prompts,
-        Frames.collate([Frame(size, size)] * batch_size, size),
-        torch.ones(batch_size),
-        in_frame=True,
-        ids=["random"] * batch_size,
-        paths=["random"] * batch_size,
+
+def _build(config: BenchmarkConfig) -> PromptedSam:
+    """The model on the CPU."""
+    options, prompt, classes = config.model, config.prompts.prompt, config.benchmark.num_classes
+    checkpoint = None if options.checkpoint == "auto" else find_checkpoint(options)
+    model = build_model(options, config.adapter, prompt, checkpoint, config.run.seed, classes)
+    checkpoint_activations(model.image_encoder, config.optim.activation_checkpointing)
+    return model
+
+
+def _batch(config: BenchmarkConfig, model: PromptedSam) -> Batch:
+    asked = config.benchmark
+    at_original = config.loss.loss_resolution == "original"
+    return random_batch(
+        config.loader.batch_size, model.image_size, config.prompts, asked.rows,
+        asked.picture_size if at_original else Size(0, 0),
+    )  # fmt: skip
+
+
+def _criterion(config: BenchmarkConfig) -> EveryAnswer:
+    return EveryAnswer(make_loss(config.loss, config.benchmark.num_classes, config.prompts.prompt))
+
+
+def _facts(config: BenchmarkConfig, model: PromptedSam, process: Process) -> dict:
+    """What was timed, and on what."""
+    return {
+        "mode": "evaluate" if config.benchmark.evaluate else "train",
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "total_parameters": sum(p.numel() for p in model.parameters()),
+        "adapter": config.model.adapter,
+        "model_type": config.model.model_type,
+        "image_size": model.image_size.plain,
+        "batch_size": config.loader.batch_size,
+        "rows": config.benchmark.rows,
+        "accumulate": 1 if config.benchmark.evaluate else config.optim.accumulate,
+        "processes": process.world,
+        "precision": resolve_precision(config.optim.precision, process.device),
+        "activation_checkpointing": config.optim.activation_checkpointing,
+        "train": config.model.train,
+        "prompt": config.prompts.prompt,
+        "num_classes": config.benchmark.num_classes,
+        "refine_steps": config.prompts.refine_steps,
+        "steps": config.benchmark.steps,
+        "device": device_name(process),
+        "torch": torch.__version__,
+    }
+
+
+def _time_training(config, model: PromptedSam, batch: Batch, process: Process) -> Timed:
+    """Optimizer steps on the same micro-batch."""
+    scorers, _ = validation_scores(config.benchmark.num_classes, config.prompts.prompt, "loss")
+    wrapped = distributed.wrap(model, process)
+    optimizer = build_optimizer(wrapped, config.optim)
+    timed = config.benchmark
+    trainer = Trainer(
+        wrapped,
+        _criterion(config),
+        scorers,
+        optimizer,
+        build_schedule(optimizer, config.optim, timed.warmup + timed.steps),
+        process,
+        clip_norm=config.optim.clip_norm,
+        precision=config.optim.precision,
     )
-
-
-def _time(trainer, micro_batches, count: int, config: BenchmarkConfig, process: Process) -> float:
-    """Seconds per step, mean over the timed ones."""
-    for step in range(config.benchmark.warmup + config.benchmark.steps):
-        if step == config.benchmark.warmup:
-            _wait(process)
-            if process.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(process.device)
-            start = time.perf_counter()
+    micro_batches = [batch] * config.optim.accumulate
+    count = len(micro_batches) * config.loader.batch_size * process.world
+    model.train()
+    watch = Stopwatch(process.device)
+    for step in range(timed.warmup + timed.steps):
+        if step == timed.warmup:
+            _begin(watch, process)
         trainer.train_step(micro_batches, count)
+        if step >= timed.warmup:
+            watch.mark()
     trainer.check()
-    _wait(process)
-    return (time.perf_counter() - start) / config.benchmark.steps
+    return Timed(watch.laps(), peak_memory(process))
 
 
-def _wait(process: Process) -> None:
-    """Until the device has done all that was queued."""
+def _time_scoring(config, model: PromptedSam, batch: Batch, process: Process) -> Timed:
+    """Batches as validation takes them: encoded, decoded in parts, scored."""
+    task = config.benchmark.num_classes, config.prompts.prompt
+    scorers, counter = validation_scores(*task, "loss")
+    evaluator = Evaluator(
+        model.to(process.device).requires_grad_(False),
+        [make_loss(config.loss, *task).scores, *scorers],
+        process,
+        config.optim.precision,
+        counter,
+        config.loader.decode_rows,
+    )
+    timed, watch = config.benchmark, Stopwatch(process.device)
+    if timed.warmup:
+        evaluator.run(repeat(batch, timed.warmup))
+    _begin(watch, process)
+    evaluator.run(repeat(batch, timed.steps), progress=lambda _: watch.mark())
+    return Timed(watch.laps(), peak_memory(process))
+
+
+def _begin(watch: Stopwatch, process: Process) -> None:
+    """Once the device has done all that was queued, the first lap and its memory begin."""
     if process.device.type == "cuda":
         torch.cuda.synchronize(process.device)
+        torch.cuda.reset_peak_memory_stats(process.device)
+    watch.mark()
 
 
-def peak_memory(process: Process) -> int:
-    """Bytes: allocated on the GPU during the timed steps, or resident in RAM over the whole run."""
+def _share_of_peak(config, batch: Batch, timed: Timed, process: Process) -> dict:
+    """What a step computes in one process, and how near that is to nothing but products.
+
+    gmacs: 10^9 multiply-accumulates of one image's forward pass with its questions. flops_per_step:
+    operations of the products that a step needs, forward and backward; what checkpointed blocks
+    compute again, element-wise work and the optimizer are not among them (see `count_step`).
+    share_of_peak: those over what `matmul_peak` would do in the median step.
+    """
+    # Imported here, as it would add 80 MiB to the peak of what was timed.
+    from samtune.complexity import build_weightless, count_step
+
+    training = not config.benchmark.evaluate
+    classes, prompt = config.benchmark.num_classes, config.prompts.prompt
+    model = build_weightless(config.model, config.adapter, classes, prompt)
+    work = count_step(model.train(training), batch, _criterion(config) if training else None)
+    flops = work.flops * (config.optim.accumulate if training else 1)
     if process.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(process.device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
-
-
-def device_name(process: Process) -> str:
-    """What the steps ran on."""
-    if process.device.type == "cuda":
-        return torch.cuda.get_device_name(process.device)
-    return f"CPU, {torch.get_num_threads()} threads"
+        torch.cuda.empty_cache()
+    peak = matmul_peak(process.device, resolve_precision(config.optim.precision, process.device))
+    return {
+        "gmacs": round(work.macs / config.loader.batch_size / 1e9, 4),
+        "flops_per_step": flops,
+        "matmul_peak_flops": round(peak),
+        "share_of_peak": round(flops / statistics.median(timed.seconds) / peak, 4),
+    }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, NewType
 
 
 class Size(NamedTuple):
@@ -44,13 +44,41 @@ class Size(NamedTuple):
         return str(self.plain)
 
 
+BatchSize = NewType("BatchSize", object)  # images, or 'auto'; flags read it by `read_batch_size`
+Recompute = NewType("Recompute", str)  # which blocks; flags read it by `read_recompute`
+
+
+def read_batch_size(value: int | str) -> int | str:
+    """A whole number as it is or as text, or 'auto'. Raises ValueError for other text."""
+    if value == "auto":
+        return value
+    try:
+        return int(value)
+    except ValueError:
+        raise ValueError(f"expected a whole number or auto, got {value!r}") from None
+
+
+def read_recompute(value: bool | str) -> str:
+    """'no', 'yes', 'global' or blocks like '2,5,8-11'; what files say of a switch is taken too.
+
+    Raises ValueError for other text.
+    """
+    word = str(value).lower()
+    word = {"true": "yes", "on": "yes", "false": "no", "off": "no"}.get(word, word)
+    if not re.fullmatch(r"yes|no|global|\d+(-\d+)?(,\d+(-\d+)?)*", word):
+        raise ValueError(f"expected no, yes, global or blocks like 2,5,8-11, got {value!r}")
+    return word
+
+
 # What a model can be told. 'mixed' is one of the others, drawn for each question in training.
 PROMPTS = ("box", "point", "points", "box+points", "mask", "whole_image", "mixed", "none")
 
 
-def option(default, help: str, choices: tuple | None = None):
-    """A dataclass field that is a flag: its default, its help, and the values it may take."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+def option(default, help: str, choices: tuple | None = None, alone: str | None = None):
+    """A dataclass field that is a flag: its default, its help, the values it may take, and the one
+    that it has where it stands alone (a switch that stands alone means yes anyhow).
+    """
+    return field(default=default, metadata={"help": help, "choices": choices, "alone": alone})
 
 
 @dataclass(frozen=True)
@@ -238,7 +266,11 @@ class TestDataOptions:
 class LoaderOptions:
     """Loading"""
 
-    batch_size: int = option(1, "images per process and forward pass")
+    batch_size: BatchSize = option(
+        1,
+        "images per process and forward pass; 'auto', in training: as many as fit into memory with "
+        "these options, found by trial before the run and written into its config.yaml",
+    )
     workers: int = option(-1, "loader processes per training process; -1: up to 4, as cores allow")
     decode_rows: int = option(
         64,
@@ -317,16 +349,22 @@ class OptimOptions:
     weight_decay: float = option(0.01, "on weights of linear and convolution layers only")
     clip_norm: float = option(0.0, "largest norm of the gradient; 0: no clipping")
     accumulate: int = option(1, "forward passes per optimizer step")
-    activation_checkpointing: bool = option(
-        False,
-        "compute the image encoder's blocks again in the backward pass instead of keeping their "
-        "activations: far less memory, about a third more time, the same numbers",
+    activation_checkpointing: Recompute = option(
+        "no",
+        "compute blocks of the image encoder again in the backward pass instead of keeping their "
+        "activations, the same numbers with less memory in more time: 'yes': all blocks, about a "
+        "third more time; 'global': those of global attention; or a list like '2,5,8-11'; 'no'",
+        alone="yes",
     )
     precision: str = option(
         "auto",
         "'auto': bf16 where the GPU has it, else fp16 on a GPU, fp32 on a CPU",
         ("auto", "fp32", "bf16", "fp16"),
     )
+
+    def __post_init__(self):
+        blocks = read_recompute(self.activation_checkpointing)
+        object.__setattr__(self, "activation_checkpointing", blocks)
 
 
 @dataclass(frozen=True)
@@ -420,6 +458,26 @@ class BenchmarkOptions:
     num_classes: int = option(
         1, "K of 2 or more with --prompt none: the model answers with K masks"
     )
+    rows: int = option(1, "questions about each image, under a --prompt")
+    picture_size: Size = option(
+        Size(0, 0),
+        "size of the pictures on disk, where --loss_resolution original takes the loss, as "
+        "image_size is said; 0: that of the frame",
+    )
+    evaluate: bool = option(False, "time scoring (forward pass and scores) instead of training")
+    peak: bool = option(
+        True,
+        "also count the products of a step, measure how fast this device multiplies matrices, and "
+        "say which share of that the steps reach; takes some seconds",
+    )
+    probe: bool = option(
+        False,
+        "find the largest --batch_size that fits into memory with these options, by trials in "
+        "processes of their own; where not even one image fits, the cheapest switch that helps",
+    )
+
+    def __post_init__(self):
+        object.__setattr__(self, "picture_size", Size.read(self.picture_size))
 
 
 @dataclass(frozen=True)

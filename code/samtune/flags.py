@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import get_type_hints
 
 import yaml
 
-from samtune.config import Size
+from samtune.config import BatchSize, Recompute, Size, read_batch_size, read_recompute
 from samtune.errors import UserError
 
 _TRUE = {"yes", "true", "t", "y", "1", "on"}
@@ -175,11 +175,12 @@ def _add_group(parser: argparse.ArgumentParser, group: type, choices: dict) -> N
     for f in fields(group):
         kind = types[f.name]
         default = "''" if f.default == "" else f.default
+        alone = True if kind is bool else f.metadata.get("alone")  # `--flag` without a value
         section.add_argument(
             f"--{f.name}",
             type=_TYPES[kind],
-            nargs="?" if kind is bool else None,  # `--flag` alone means yes
-            const=True if kind is bool else None,
+            nargs="?" if alone else None,
+            const=alone,
             choices=choices.get(f.name) or f.metadata.get("choices"),
             metavar=None if (choices.get(f.name) or f.metadata.get("choices")) else kind.__name__,
             help=f"{f.metadata.get('help', '')} (default: {default})".replace("%", "%%"),
@@ -207,14 +208,24 @@ def _number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
 
 
-def _size(text: str) -> Size:
-    try:
-        return Size.read(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+def _reader(read: Callable[[str], object]) -> Callable[[str], object]:
+    """`read` with its ValueError as argparse wants it, whose own message would hide the text."""
+
+    def convert(text: str):
+        try:
+            return read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
 
 
-_TYPES = {bool: _boolean, int: _integer, float: _number, str: str, Size: _size}
+_TYPES = {
+    bool: _boolean, int: _integer, float: _number, str: str,
+    **{kind: _reader(read) for kind, read in (
+        (Size, Size.read), (BatchSize, read_batch_size), (Recompute, read_recompute),
+    )},
+}  # fmt: skip
 
 
 def _unknown_flag(flag: str, known: Sequence[str], foreign: dict[str, str]) -> str:

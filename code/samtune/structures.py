@@ -277,10 +277,14 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Copy every tensor, without waiting for it when the memory is pinned."""
-        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        return _map_tensors(self, lambda tensor: tensor.pin_memory())
+        return self.map(lambda tensor: tensor.pin_memory())
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with `function` applied to every tensor."""
+        return _map_tensors(self, function)
 
 
 def _map_tensors(value, function):

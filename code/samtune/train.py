@@ -29,6 +29,7 @@ from samtune.models.anatomy import checkpoint_activations
 from samtune.models.segmenter import PromptedSam
 from samtune.models.weights import find_checkpoint
 from samtune.pipeline import check_pairs, evaluation_loader, usable, validation_scores
+from samtune.probe import settle_batch_size
 from samtune.run_folder import RunFolder, new_name
 from samtune.sources import complete_named, said_of, scored_sets, training_pairs
 from samtune.trained import describe
@@ -60,11 +61,19 @@ def run(config: TrainConfig, resumed: RunFolder | None, process: Process) -> Tra
         if process.is_main and not resumed:
             folder.create()
         state = saved.load_last() if resumed else None
-    train_pairs, val_pairs = (
+    (train_pairs, picture_size), (val_pairs, _) = (
         _check(name, pairs, config, model.image_size, process)
         for name, pairs in (("training", train_pairs), ("validation", val_pairs))
     )
     options = metadata["config"]
+    if config.loader.batch_size == "auto":
+        size = settle_batch_size(
+            config, model.load_report is None, len(train_pairs), picture_size, process,
+            Logbook.console(process).say,
+        )  # fmt: skip
+        config = replace(config, loader=replace(config.loader, batch_size=size))
+        options["batch_size"] = size
+        remark = "\n".join(filter(None, [remark, f"--batch_size auto: {size}"]))
     if process.is_main:  # only now is it a run: a mistake above leaves nothing behind
         folder.config.write_text(yaml.safe_dump(options, sort_keys=False))
     first_epoch = state["progress"]["epoch"] + 1 if state else 1
@@ -158,11 +167,14 @@ def _build(config: TrainConfig, resumed: bool) -> tuple[PromptedSam, dict]:
     return model, describe(model, base, flags.dump(_groups(config)))
 
 
-def _check(name, pairs, config, image_size, process) -> list[Pair]:
-    """Read every file of a split once; drop what cannot be asked about."""
+def _check(name, pairs, config, image_size, process) -> tuple[list[Pair], tuple[int, int]]:
+    """Read every file of a split once; drop what cannot be asked about. Also returns (H, W) of the
+    smallest canvas that holds every picture.
+    """
     logbook = Logbook.console(process)
     report = check_pairs(name, pairs, config.read, image_size, process, logbook)
-    return usable(name, pairs, report, config.read, config.prompts, logbook)
+    height, width = (max(sides) for sides in zip(*report.sizes, strict=True))
+    return usable(name, pairs, report, config.read, config.prompts, logbook), (height, width)
 
 
 def _introduce(config, model, training: int, validation: int, process, folder, logbook) -> None:
@@ -200,8 +212,7 @@ def _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state):
     task = config.read.num_classes, config.prompts.prompt
     criterion = make_loss(config.loss, *task)
     scorers, counter = validation_scores(*task, run.best_by)
-    if options.activation_checkpointing:
-        checkpoint_activations(model.image_encoder)
+    checkpoint_activations(model.image_encoder, options.activation_checkpointing)
     wrapped = distributed.wrap(model, process)
     optimizer = build_optimizer(wrapped, options)
     schedule = build_schedule(optimizer, options, run.epoch * plan.steps_per_epoch)

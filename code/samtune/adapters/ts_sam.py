@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from samtune.adapters.layers import AdaptedEncoder, high_pass, misread_channels
 from samtune.adapters.options import TsSamOptions
 from samtune.errors import UserError
+from samtune.models.anatomy import parse_blocks
 from samtune.models.sam import ImageEncoderViT, Sam
 from samtune.models.segmenter import NO_PROMPT, PromptedSam
 from samtune.structures import Prediction, Prompts
@@ -49,21 +50,12 @@ def build(sam: Sam, options: TsSamOptions) -> PromptedSam:
 
 
 def choose_blocks(flag: str, text: str, depth: int, usual: int) -> list[int]:
-    """'0,2,5-7' -> [0, 2, 5, 6, 7]; 'auto' -> the last `usual` of `depth` blocks; 'none' -> [].
-
-    Raises UserError, which names the flag, for a block that is not there.
-    """
+    """What `parse_blocks` reads; 'auto' -> the last `usual` of `depth` blocks; 'none' -> []."""
     if text == "none":
         return []
     if text == "auto":
         return list(range(max(depth - usual, 0), depth))
-    blocks = set()
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        blocks.update(range(int(first), int(last or first) + 1))
-    if not blocks or max(blocks) >= depth:
-        raise UserError(f"--{flag} {text}: the blocks of this --model_type are 0-{depth - 1}")
-    return sorted(blocks)
+    return parse_blocks(flag, text, depth)
 
 
 class Pyramid(NamedTuple):

@@ -14,6 +14,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from samtune.config import OptimOptions
 from samtune.errors import UserError
 
+NUMBERS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def build_optimizer(model: nn.Module, options: OptimOptions) -> AdamW:
     """AdamW over what trains; decay on the `weight` of linear and convolution layers only.
@@ -76,5 +78,4 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
     """The context in which the forward pass runs in this (resolved) precision."""
-    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    return torch.autocast(device.type, kinds[precision], enabled=precision != "fp32")
+    return torch.autocast(device.type, NUMBERS[precision], enabled=precision != "fp32")

@@ -24,7 +24,7 @@ from samtune.engine.checkpoint import Checkpoints, adapted_state, load_adapted_s
 from samtune.engine.distributed import Process, StopSignal
 from samtune.engine.optim import autocast, resolve_precision
 from samtune.engine.progress import Progress, Sums, describe_plan
-from samtune.errors import Interrupted, UserError
+from samtune.errors import Interrupted, OutOfMemory, UserError
 from samtune.structures import Batch, Prediction
 
 Criterion = Callable[[Prediction, Batch], tuple[Tensor, dict[str, Tensor]]]
@@ -34,6 +34,8 @@ _Seen = tuple[list[str], Tensor | None, dict[str, Tensor]]
 
 # fp16's loss scale halves at each overflow: from 2^16, this many in a row leave nothing to halve.
 _OVERFLOWS_IN_A_ROW = 30
+# How torch's out-of-memory error, the CPU's allocator and CUDA's libraries say it.
+_NO_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
 
 
 @dataclass(frozen=True)
@@ -323,14 +325,17 @@ class Trainer:
 
 @contextmanager
 def explain_out_of_memory() -> Iterator[None]:
-    """Turn the GPU's out-of-memory error into a UserError that says what to lower."""
+    """Turn the out-of-memory errors of a GPU and of a CPU into one that says what to lower."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            "the GPU's memory is too small for this: lower --batch_size (and raise --accumulate to "
-            "keep the step's size) or --image_size, or use --activation_checkpointing yes or "
-            "--precision bf16; " + str(error).split(". ")[0]
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or any(sign in str(error) for sign in _NO_MEMORY)):
+            raise
+        raise OutOfMemory(
+            "the memory is too small for this: lower --batch_size (and raise --accumulate to keep "
+            "the step's size) or --image_size, or use --activation_checkpointing yes or "
+            "--precision bf16; `run_sa.py benchmark --probe` with the same flags finds the largest "
+            "batch that fits; " + str(error).split(". ")[0]
         ) from None
 
 

@@ -24,18 +24,49 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from samtune.errors import UserError
+
 
 def attention_blocks(encoder: nn.Module) -> list[nn.Module]:
     """The blocks that attend, in order: all of a ViT's, all but the first layer's of a TinyViT."""
     return list(encoder.blocks)
 
 
-def checkpoint_activations(encoder: nn.Module) -> None:
-    """Let each block that attends forget its activations and compute them again when needed.
-
-    In place; names in the state dict do not change. Random numbers are drawn alike both times.
+def parse_blocks(flag: str, text: str, depth: int) -> list[int]:
+    """'0,2,5-7' -> [0, 2, 5, 6, 7]. Raises UserError, which names the flag, for a block that is
+    not among the `depth` there are.
     """
-    for block in attention_blocks(encoder):
+    blocks = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        blocks.update(range(int(first), int(last or first) + 1))
+    if not blocks or max(blocks) >= depth:
+        raise UserError(f"--{flag} {text}: the blocks of this --model_type are 0-{depth - 1}")
+    return sorted(blocks)
+
+
+def checkpoint_activations(encoder: nn.Module, which: str = "yes") -> None:
+    """Let blocks that attend forget their activations and compute them again when needed.
+
+    which: 'no', 'yes' (all), 'global' (those that attend to the whole grid) or a list as
+    `parse_blocks` reads it. In place; names in the state dict do not change. Random numbers are
+    drawn alike both times. Raises UserError for blocks that are not there.
+    """
+    blocks = attention_blocks(encoder)
+    if which == "no":
+        return
+    if which == "global":
+        chosen = [block for block in blocks if block.window_size == 0]
+        if not chosen:
+            raise UserError(
+                "--activation_checkpointing global: no block of this --model_type attends to the "
+                "whole grid; say yes, or which blocks"
+            )
+    elif which == "yes":
+        chosen = blocks
+    else:
+        chosen = [blocks[i] for i in parse_blocks("activation_checkpointing", which, len(blocks))]
+    for block in chosen:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
