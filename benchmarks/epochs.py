@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -43,11 +42,13 @@ def main(argv: list[str]) -> None:
         ]
         seconds, records = train([str(flag) for flag in flags], root / "run", args.first_step)
     of_epochs = [record["seconds"] for record in records]
+    per_image = _later(of_epochs, args.images + validation)
     result = {
         "launch_seconds": round(seconds, 3),
         "epoch_seconds": [round(s, 4) for s in of_epochs],
-        "images": args.images + validation,
-        "seconds_per_image": _later(of_epochs, args.images + validation),
+        "images": args.images,
+        "seconds_per_image": per_image,
+        "images_per_second": round(1 / per_image, 4),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
         "train_loss": [record["train"]["loss"] for record in records],
     }
@@ -82,10 +83,9 @@ def train(flags: list[str], run: Path, until_first: bool) -> tuple[float, list[d
     launcher = ["torchrun.py", "--standalone", "--nproc_per_node", "1"] if until_first else []
     scripts = [*launcher, "run_sa.py"]
     scripts = [str(ROOT / "code" / s) if s.endswith(".py") else s for s in scripts]
-    environment = {**os.environ, "CUDA_MODULE_LOADING": "LAZY"}
     start = time.perf_counter()
     child = subprocess.Popen(
-        [sys.executable, *scripts, "train", *flags], cwd=run.parent, env=environment,
+        [sys.executable, *scripts, "train", *flags], cwd=run.parent,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     seconds, records = None, run / "metrics.jsonl"

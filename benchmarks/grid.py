@@ -371,4 +371,4 @@ PRESETS = {
     "cpu": CPU_TARGETS + CPU_GRID,
     "gpu": GPU_TARGETS + GPU_GRID,
 }
-MINUTES = {"quick": 0, "cpu": 0, "gpu": 7.5}  # what a preset may take; 0: as long as it takes
+MINUTES = {"quick": 0, "cpu": 0, "gpu": 7}  # what a preset may take; 0: as long as it takes

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import statistics
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -80,11 +81,15 @@ def run(
         "program": program,
         "images_per_second": round(args.batch_size / clock["seconds_per_step"], 4),
         **clock,
-        **cost,
+        "gmacs": cost["gmacs"],
+        "flops_per_step": round(
+            2e9 * args.batch_size * cost["gmacs" if args.evaluate else "step_gmacs"]
+        ),
+        "mode": "evaluate" if args.evaluate else "train",
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
         "total_parameters": sum(p.numel() for p in parameters),
         **{name: getattr(args, name) for name in ("adapter", "model_type", "image_size")},
-        **{name: getattr(args, name) for name in ("batch_size", "precision", "steps", "evaluate")},
+        **{name: getattr(args, name) for name in ("batch_size", "precision", "steps")},
         "device": torch.cuda.get_device_name() if on_gpu else "CPU",
         "threads": torch.get_num_threads(),
         "torch": version("torch"),
@@ -93,32 +98,29 @@ def run(
     return result
 
 
-def _time(step: Callable[[], None], args: argparse.Namespace) -> dict[str, float]:
-    """Seconds of the first step, seconds per timed step, peak memory in bytes."""
+def _time(step: Callable[[], None], args: argparse.Namespace) -> dict:
+    """Seconds of the first step and of each timed one, their mean, and peak memory in bytes."""
     seconds = []
-    for count in (1, max(args.warmup - 1, 0), args.steps):
-        _wait()
-        if torch.cuda.is_available():
+    for count in range(args.warmup + args.steps):
+        if count == args.warmup and torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        for _ in range(count):
-            step()
-        _wait()
-        seconds.append(time.perf_counter() - start)
+        step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(round(time.perf_counter() - start, 6))
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+    timed = seconds[args.warmup :]
     return {
-        "seconds_per_step": round(seconds[2] / args.steps, 6),
-        "first_step_seconds": round(seconds[0], 3),
+        "seconds_per_step": round(statistics.mean(timed), 6),
+        "median_seconds": round(statistics.median(timed), 6),
+        "seconds_of_steps": timed,
+        "first_step_seconds": seconds[0],
         "peak_memory_bytes": peak,
     }
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def count_gmacs(build: Callable[[], nn.Module], step: Callable, side: int) -> dict[str, float]:

@@ -63,7 +63,7 @@ class Results:
     def values(self, group: str, cell: str, key: str) -> dict[int, float]:
         """Round -> what it measured under `key`."""
         found = {
-            r["round"]: r["measured"].get(key)
+            r["round"]: figure(r, key)
             for r in self.records
             if (r["group"], r["cell"]) == (group, cell) and "measured" in r
         }
@@ -78,17 +78,25 @@ class Results:
         return Spread.of([above[i] / below[i] for i in above if i in below])
 
     def share_of_peak(self, record: dict[str, Any]) -> float | None:
-        """Operations of the products, per second, over those of a large matrix product.
+        """Operations of a step's products per second, over those of a large matrix product.
 
-        None where the program did not count what it computed.
+        As the program itself found, else by the machine's own figure; None where it did not count.
         """
         measured = record.get("measured", {})
-        macs = measured.get("gmacs" if measured.get("evaluate") else "step_gmacs")
-        name = "tf32" if measured.get("tf32") else measured.get("precision")
-        peak = self.machine.get("matmul_flops", {}).get(name)
-        if not (macs and peak and measured.get("images_per_second")):
+        if "share_of_peak" in measured:
+            return measured["share_of_peak"]
+        peak = self.machine.get("matmul_flops", {}).get(measured.get("precision"))
+        if not (peak and "flops_per_step" in measured):
             return None
-        return 2e9 * macs * measured["images_per_second"] / peak
+        return measured["flops_per_step"] / measured["seconds_per_step"] / peak
+
+
+def figure(record: dict[str, Any], key: str) -> float | None:
+    """What a record measured; `seconds_per_image` also where it measured images per second."""
+    measured = record["measured"]
+    if key == "seconds_per_image" and "images_per_second" in measured:
+        return 1 / measured["images_per_second"]
+    return measured.get(key)
 
 
 def _place(record: dict[str, Any]) -> tuple[str, str, int]:

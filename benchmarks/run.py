@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shlex
 import signal
 import subprocess
@@ -35,7 +36,7 @@ PROGRAMS = {
 }
 TORCHRUN = "code/torchrun.py --standalone --nproc_per_node"
 NO_MEMORY = ("out of memory", "memory is too small", "MemoryError", "can't allocate memory")
-LIMIT = 3600  # seconds that a cell may take before it is ended
+LIMIT = {"cpu": 3600, "cuda": 240}  # seconds that a cell may take before it is ended
 
 
 def main(argv: list[str]) -> int:
@@ -46,7 +47,6 @@ def main(argv: list[str]) -> int:
     results = Results(Path(args.results or FOLDER / f"{machine['kind']}{suffix}.json"))
     results.machine = {**machine, "matmul_flops": _best_of(machine, results.machine)}
     groups = _chosen(preset, args)
-    missing = "" if "peft" in machine["versions"] else "hf_peft"
     todo = [
         (g, i) for g in groups for i in range(g.rounds) if args.again or not _done(results, g, i)
     ]
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
             print(f"{group.name}, round {index + 1}: no time is left for it", flush=True)
             continue
         print(f"[{place}/{len(todo)}] {group.title}, round {index + 1}; {_minutes(left)} to go")
-        _measure_round(results, group, index, machine, missing)
+        _measure_round(results, group, index, machine)
     print(f"in {results.path.name}; now: python benchmarks/report.py", flush=True)
     return 0
 
@@ -103,18 +103,25 @@ def _done(results: Results, group: Group, index: int) -> bool:
     )
 
 
-def _measure_round(results: Results, group: Group, index: int, machine: dict, missing: str) -> None:
+def _measure_round(results: Results, group: Group, index: int, machine: dict) -> None:
     for cell in group.cells:
         record = {
             "group": group.name, "cell": cell.name, "round": index, "settings": cell.settings,
             "date": date.today().isoformat(), "versions": machine["versions"],
         }  # fmt: skip
-        if cell.program == missing:
-            outcome = {"failed": "needs benchmarks/requirements.txt"}
-        else:
-            outcome = measure(cell, machine)
+        lacking = _lacking(cell, machine)
+        outcome = {"failed": lacking} if lacking else measure(cell, machine)
         results.add(record | outcome)
         print(f"    {cell.name:>18}  {_in_words(outcome)}", flush=True)
+
+
+def _lacking(cell: Cell, machine: dict) -> str:
+    """Why this machine cannot run a cell; empty where it can."""
+    if cell.program == "hf_peft" and not {"transformers", "peft"} <= set(machine["versions"]):
+        return "needs pip install -r benchmarks/requirements.txt"
+    if "bf16" in cell.flags and not machine["bf16"]:
+        return "this processor has no bf16"
+    return ""
 
 
 def measure(cell: Cell, machine: dict) -> dict:
@@ -137,7 +144,7 @@ def _flag(cell: Cell, name: str) -> int:
 
 
 def _run(cell: Cell, machine: dict) -> dict:
-    """One process, its last line and its peak memory, for which `rusage` knows the children too."""
+    """One process: its last line, how long it took, and its peak memory if it does not say so."""
     torchrun = f"{TORCHRUN} {cell.processes} " if cell.processes else ""
     command = shlex.split(torchrun + PROGRAMS[cell.program] + " " + cell.flags)
     environment = {**os.environ, "WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false"}
@@ -148,41 +155,43 @@ def _run(cell: Cell, machine: dict) -> dict:
             [sys.executable, *command], cwd=ROOT, env=environment, stdout=said, stderr=mistakes,
             start_new_session=True,
         )  # fmt: skip
-        code, usage = _wait(child)
+        code, usage = _wait(child, LIMIT[machine["device"]])
         wall = time.perf_counter() - start
         said.seek(0), mistakes.seek(0)
         if code:
-            return {"failed": _why(mistakes.read() + said.read())}
+            return {"failed": _why(code, mistakes.read() + said.read())}
         measured = {"wall_seconds": round(wall, 3)}
         if cell.program != "help":
             measured |= json.loads(said.read().strip().splitlines()[-1])
-        if machine["device"] == "cpu":
-            measured["peak_memory_bytes"] = usage.ru_maxrss * 1024  # Linux counts KiB
+        measured.setdefault("peak_memory_bytes", usage.ru_maxrss * 1024)  # Linux counts KiB
     return {"measured": _without_places(measured)}
 
 
-def _wait(child: subprocess.Popen) -> tuple[int, object]:
-    """Exit code and resource usage; a child that takes too long, or Ctrl-C, ends all it started."""
-    ends = time.monotonic() + LIMIT
+def _wait(child: subprocess.Popen, limit: float) -> tuple[int | None, resource.struct_rusage]:
+    """Exit code, None where time ran out, and resource usage; what is ended is ended with all that
+    it started, on Ctrl-C too.
+    """
+    ends, code = time.monotonic() + limit, None
     try:
         while time.monotonic() < ends:
             done, status, usage = os.wait4(child.pid, os.WNOHANG)
             if done:
-                child.returncode = os.waitstatus_to_exitcode(status)
-                return child.returncode, usage
+                child.returncode = code = os.waitstatus_to_exitcode(status)
+                return code, usage
             time.sleep(0.01)
-    except KeyboardInterrupt:
-        os.killpg(child.pid, signal.SIGKILL)
-        raise
-    os.killpg(child.pid, signal.SIGKILL)
-    _, _, usage = os.wait4(child.pid, 0)
-    child.returncode = -signal.SIGKILL
-    return child.returncode, usage
+    finally:
+        if code is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+    return None, resource.getrusage(resource.RUSAGE_CHILDREN)
 
 
-def _why(text: str) -> str:
-    """The last line of what a failed process said, or that its memory was too small."""
-    if any(sign in text for sign in NO_MEMORY):
+def _why(code: int | None, text: str) -> str:
+    """That time or memory ran out, or the last line of what a failed process said."""
+    if code is None:
+        return "took too long"
+    # Where a CPU's memory runs out, the system ends the process.
+    if code == -signal.SIGKILL or any(sign in text for sign in NO_MEMORY):
         return OUT_OF_MEMORY
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     return lines[-1].replace(str(ROOT), ".")[:200] if lines else "ended without a word"
@@ -200,9 +209,12 @@ def _best_of(machine: dict, before: dict) -> dict:
 
 
 def _python(command: list[str]) -> str:
+    """What a script prints, with as many threads as the cells get."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
     return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, check=True, text=True, stdout=subprocess.PIPE
-    ).stdout
+        [sys.executable, *command], cwd=ROOT, env=environment, check=True, text=True,
+        stdout=subprocess.PIPE,
+    ).stdout  # fmt: skip
 
 
 def _seconds(group: Group) -> float:
