@@ -16,6 +16,7 @@ from samtune.run_folder import RunFolder
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 TORCHRUNS = {"nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint", "help"}
+SUITES = {"list", "only", "preset"}  # flags of benchmarks/run.py
 COMPARES = {"adapters"}  # flags of `compare` itself; the others are those of `train`
 
 
@@ -35,7 +36,7 @@ def flags() -> set[str]:
 def test_every_flag_that_is_named_exists():
     named = set(re.findall(r"(?<![!\w/-])--([a-z][a-z_]+)", README))
     assert len(named) > 20
-    assert named - flags() - TORCHRUNS - COMPARES - set(config.RETIRED) == set()
+    assert named - flags() - TORCHRUNS - SUITES - COMPARES - set(config.RETIRED) == set()
 
 
 def test_every_variable_of_the_launchers_that_is_named_exists():
@@ -116,5 +117,5 @@ def test_the_recipes_are_those_in_their_folder():
 
 def test_nothing_is_left_to_fill_in():
     assert set(re.findall(r"<!--/?([\w-]+)-->", README)) == {
-        "adapters", "datasets", "exit-codes", "files",
+        "adapters", "benchmarks", "datasets", "exit-codes", "files",
     }  # fmt: skip
