@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import cv2
 import numpy as np
 from scipy import ndimage
 
@@ -43,11 +44,12 @@ def boundary_thickness(size: tuple[int, int], share: float) -> int:
 def _inner_border(mask: np.ndarray, thickness: int) -> np.ndarray:
     """Pixels of the mask within `thickness` steps (also diagonal ones) of what is outside it.
 
-    One pass over chessboard distances: as many erosions by a 3 x 3 square take away the same.
+    One erosion by a large square, which OpenCV does along rows, then columns: as many by a 3 x 3
+    square take away the same.
     """
-    padded = np.pad(mask, 1)
-    depth = ndimage.distance_transform_cdt(padded, metric="chessboard")[1:-1, 1:-1]
-    return mask & (depth <= thickness)
+    square = np.ones((2 * thickness + 1,) * 2, np.uint8)
+    outside = {"borderType": cv2.BORDER_CONSTANT, "borderValue": 0}
+    return mask & ~cv2.erode(mask.astype(np.uint8), square, **outside).astype(bool)
 
 
 def surface_distances(
