@@ -48,10 +48,14 @@ class Answer:
 
     def shape(self, form: str) -> tuple[int, ...]:
         """(H, W) of the answer in the given form; ValueError when the form is absent."""
+        return self.array(form).shape[-2:]
+
+    def array(self, form: str) -> np.ndarray:
+        """The answer in the given form; ValueError when it is absent."""
         array = self.masks if form == INSTANCES else getattr(self, form)
         if array is None:
             raise ValueError(f"the protocol scores {form}, and the answer has none")
-        return array.shape[-2:]
+        return array
 
 
 @dataclass(frozen=True)

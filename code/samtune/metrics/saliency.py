@@ -137,7 +137,9 @@ def weighted_f(grey: np.ndarray, true: np.ndarray, read: np.ndarray, beta2: floa
         return 0.0
     error = np.where(read, np.abs(grey - true), 0)
     near = _around(true, REACH)
-    carried = np.where(read[near], _carried(error[near], true[near]), 0)  # unread: as beyond the edge
+    carried = np.where(
+        read[near], _carried(error[near], true[near]), 0
+    )  # unread: as beyond the edge
     smooth = ndimage.correlate1d(carried, _gaussian(), axis=0, mode="constant")
     smooth = ndimage.correlate1d(smooth, _gaussian(), axis=1, mode="constant")
     missed = np.minimum(error[true], smooth[true[near]])
