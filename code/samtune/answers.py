@@ -78,9 +78,7 @@ class Collector:
         return self.scoring
 
     def _measure(self, name: str, truth: np.ndarray, answer: Answer, group: str) -> None:
-        size = (
-            truth.nbytes + getattr(answer, "masks" if self.form == INSTANCES else self.form).nbytes
-        )
+        size = truth.nbytes + answer.array(self.form).nbytes
         self.measuring.put(self.scoring.measure, name, truth, answer, group, size=size)
 
     def _add(self, place: Place, truth: np.ndarray, answer: Answer) -> None:

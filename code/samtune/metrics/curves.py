@@ -85,7 +85,7 @@ class Curve(Metric):
 
 
 def _cuts(truth: np.ndarray, answer: Answer, stretch: bool) -> tuple[Counts, Counts, Counts]:
-    """The map cut adaptively (1,), at 1/2 (1,), and at each level (256,): one pass for all kinds."""
+    """The map cut adaptively (1,), at 1/2 (1,), at each level (256,): once for all kinds."""
     picture = answer.once(GreyMap, truth, stretch)
     grey, true = picture.values, picture.hits
     adaptive = cut(grey >= min(2 * grey.mean(dtype=np.float64), 1), true)

@@ -137,9 +137,8 @@ def weighted_f(grey: np.ndarray, true: np.ndarray, read: np.ndarray, beta2: floa
         return 0.0
     error = np.where(read, np.abs(grey - true), 0)
     near = _around(true, REACH)
-    carried = np.where(
-        read[near], _carried(error[near], true[near]), 0
-    )  # unread: as beyond the edge
+    # What is not read counts like what lies beyond the picture's edge: 0.
+    carried = np.where(read[near], _carried(error[near], true[near]), 0)
     smooth = ndimage.correlate1d(carried, _gaussian(), axis=0, mode="constant")
     smooth = ndimage.correlate1d(smooth, _gaussian(), axis=1, mode="constant")
     missed = np.minimum(error[true], smooth[true[near]])
