@@ -7,7 +7,7 @@ import pytest
 
 CODE = Path(__file__).resolve().parents[1] / "code"
 PACKAGE = CODE / "samtune"
-GROUND = {"errors", "structures", "config", "flags", "run_folder", "tensor_files"}
+GROUND = {"errors", "structures", "config", "flags", "run_folder", "tensor_files", "threads"}
 WINGS = {"models", "data", "metrics", "losses", "engine"}
 VERBS = {"train", "evaluate", "importing", "merging", "compare", "benchmark", "adapter_table"}
 # Composition that verbs share. It imports the wings and is imported by verbs only.

@@ -14,6 +14,7 @@ from samtune.metrics.classes import class_map
 from samtune.metrics.measure import BINARY, INSTANCES, LABELS, SOFT, Answer
 from samtune.metrics.scoring import Scoring
 from samtune.structures import Batch, Prediction
+from samtune.threads import InOrder
 
 # What was answered and the batch that asked -> (R, ...) of what a protocol reads, on the target.
 Reading = Callable[[Prediction | None, Batch], Tensor]
@@ -35,11 +36,19 @@ class Collector:
 
     scoring: of this process. pairs: of the whole set; their groups are volumes where the protocol
     scores volumes, and what is drawn as a whole by the bootstrap elsewhere. reading: what is
-    scored instead of the model's answer, see `Reading`.
+    scored instead of the model's answer, see `Reading`. threads: measure, while the caller goes on;
+    0: the caller does.
     """
 
-    def __init__(self, scoring: Scoring, pairs: Sequence[Pair], reading: Reading | None = None):
+    def __init__(
+        self,
+        scoring: Scoring,
+        pairs: Sequence[Pair],
+        reading: Reading | None = None,
+        threads: int = 0,
+    ):
         self.scoring, self.form = scoring, scoring.protocol.answer
+        self.measuring = InOrder(threads, scoring.enter)
         self.reading = reading or READINGS[self.form]
         self.group_of = {pair.id: pair.group for pair in pairs}
         self.left = Counter(pair.group or pair.id for pair in pairs)  # slices of volumes to come
@@ -63,28 +72,35 @@ class Collector:
                 self._add(place, truth, Answer(**{self.form: answer}))
 
     def finish(self) -> Scoring:
-        """After the last batch."""
+        """After the last batch. Raises what measuring raised."""
         self._finish_objects()
+        self.measuring.finish()
         return self.scoring
+
+    def _measure(self, name: str, truth: np.ndarray, answer: Answer, group: str) -> None:
+        size = truth.nbytes + answer.array(self.form).nbytes
+        self.measuring.put(self.scoring.measure, name, truth, answer, group, size=size)
 
     def _add(self, place: Place, truth: np.ndarray, answer: Answer) -> None:
         group = self.group_of[place.image_id]
         if self.scoring.protocol.unit != "volume":
             own = place.name == place.image_id
-            self.scoring.add(place.name, truth, answer, group or ("" if own else place.image_id))
+            self._measure(place.name, truth, answer, group or ("" if own else place.image_id))
             return
         volume = group or place.image_id
         self.scoring.add(place.image_id, truth, answer, volume)
         self.left[volume] -= 1
         if not self.left[volume]:  # all of it was on this process
-            self.scoring.complete(volume)
+            slices = self.scoring.open.pop(volume)
+            size = 2 * sum(part.nbytes for pair in slices.values() for part in pair)  # stacked, too
+            self.measuring.put(self.scoring.measure_volume, volume, slices, size=size)
 
     def _finish_objects(self, keep: Sequence[str] = ()) -> None:
         """Score the images whose objects have all been seen."""
         for image_id in [key for key in self.objects if key not in keep]:
             truths, masks, scores = zip(*self.objects.pop(image_id), strict=True)
             answer = Answer(masks=np.stack(masks), scores=np.array(scores))
-            self.scoring.add(image_id, np.stack(truths), answer, self.group_of[image_id])
+            self._measure(image_id, np.stack(truths), answer, self.group_of[image_id])
 
 
 def _places(batch: Batch) -> Iterator[tuple[int, Place]]:

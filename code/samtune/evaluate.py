@@ -22,6 +22,7 @@ from samtune.config import (
     answers_classes,
 )
 from samtune.data.catalog_rows import DATASETS
+from samtune.data.loading import scoring_threads
 from samtune.data.objects import check_questions, settle_objects
 from samtune.data.prompts import prompts_to_score
 from samtune.engine import distributed
@@ -88,6 +89,7 @@ def run(config: EvaluateConfig, process: Process) -> dict:
         shown={pair.id for pair in asked[:: max(1, len(asked) // EXAMPLES)][:EXAMPLES]},
         draw=drawing_of(read, first.prompt, DATASETS[dataset].colours if dataset else ()),
         keep_all="tuned" if wanted.save_predictions else "",
+        threads=scoring_threads(config.loader.workers),
     )
     judged = {}  # by prompt, then by model
     for name, options in prompts.items():

@@ -30,6 +30,7 @@ from samtune.pictures import (
 from samtune.pipeline import original_boxes
 from samtune.run_folder import RunFolder
 from samtune.structures import Batch, Prediction, Sample
+from samtune.threads import InOrder
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ def _draw_classes(read: ReadOptions, colours: np.ndarray) -> Drawing:
 class Pictures:
     """Keeps the predicted masks that a picture needs, and draws them over their images.
 
-    shown: ids of the images on the sheet. keep_all: the model whose every mask is written.
+    shown: ids of the images on the sheet. keep_all: the model whose every mask is written, by
+    `threads` beside the scoring.
     """
 
     def __init__(
@@ -97,9 +99,10 @@ class Pictures:
         shown: set[str],
         draw: Drawing,
         keep_all: str = "",
+        threads: int = 0,
     ):
         self.folder, self.pairs, self.shown, self.draw = folder, pairs, shown, draw
-        self.keep_all = keep_all
+        self.keep_all, self.writing = keep_all, InOrder(threads)
         self.masks: dict[str, dict[str, np.ndarray]] = {}  # id -> name of the model -> mask
         self.boxes: dict[str, list[float] | None] = {}
 
@@ -119,7 +122,8 @@ class Pictures:
             if key in self.shown:
                 self._keep(name, key, mask, box if images.count(image) == 1 else None)
             if keep_all:
-                self._write((batch.row_names or batch.ids)[row], key, mask, box)
+                name_of_row = (batch.row_names or batch.ids)[row]
+                self.writing.put(self._write, name_of_row, key, mask, box, size=mask.nbytes)
 
     def _write(self, name: str, key: str, mask: np.ndarray, box: list[float] | None) -> None:
         picture = self.draw.answer(self._image(key), mask, self._truth(key), box)
@@ -133,7 +137,10 @@ class Pictures:
         self.boxes[key] = box
 
     def write_sheet(self, names: list[str]) -> None:
-        """On rank 0, write examples.png: image with truth, then each model's answer, per image."""
+        """The last step. Write examples.png on rank 0: image with truth, then each model's answer,
+        per image.
+        """
+        self.writing.finish()
         gathered = distributed.gather_objects((self.masks, self.boxes))
         if gathered is None:
             return

@@ -19,6 +19,8 @@ from samtune.config import (
 )
 from samtune.data.class_shares import class_names
 from samtune.data.files import Pair
+from samtune.data.loading import scoring_threads
+from samtune.data.prompts import in_words
 from samtune.engine import distributed
 from samtune.engine.distributed import Process
 from samtune.engine.evaluator import Evaluator
@@ -86,45 +88,54 @@ class Bench:
             self.pairs, self.read, prompts, self.image_size, self.loader, self.process,
             "frame" if square else "original",
         )  # fmt: skip
-        results = {}
+        beside = self._beside(prompts)
+        results, of_batches = {}, {}
         for label, model in models.items():
             shown = (lambda p, b, label=label: look(label, p, b)) if look else None
-            results[label] = self._run(label, model.to(self.process.device), loader, prompts, shown)
-        told = next(iter(results.values())).told if results else ""
-        form = choose(name, mode, self._classes(prompts))[0].answer
-        if form == BINARY and told.startswith(("box", "whole")):
-            results["box_filled"] = self._run("", None, loader, prompts, reading=filled_box)
-        if form == LABELS:
-            results["majority"] = self._run("", None, loader, prompts, reading=self._most_frequent)
-        return results
+            model = model.to(self.process.device)
+            results[label], extra = self._run(label, model, loader, prompts, shown, beside)
+            of_batches |= extra
+            beside = {}  # once is enough: it is about the batches, whichever model answers
+        return results | of_batches
 
-    def _run(self, label, model, loader, prompts, look=None, reading: Reading | None = None):
-        classes = self._classes(prompts)
-        names = class_names(self.read) if classes > 1 else ()
-        scoring = Scoring(self.protocol[0], classes, names, self.protocol[1])
-        collector = Collector(scoring, self.pairs, reading)
+    def _beside(self, prompts: PromptOptions) -> dict[str, Reading]:
+        """What is scored without a model, by name."""
+        form = choose(*self.protocol, self._classes(prompts))[0].answer
+        if form == BINARY and in_words(prompts).startswith(("box", "whole")):
+            return {"box_filled": filled_box}
+        return {"majority": self._most_frequent} if form == LABELS else {}
+
+    def _run(
+        self, label, model, loader, prompts, look, beside: dict[str, Reading]
+    ) -> tuple[Judged, dict[str, Judged]]:
+        """One pass over the set: what the model scored, and what needs no model."""
+        own, *others = (self._collector(prompts, one) for one in (None, *beside.values()))
         loss = make_loss(LossOptions(), self.read.num_classes, prompts.prompt)
         evaluator = Evaluator(
-            model, [loss.scores] if model else [], self.process, self.precision,
+            model, [loss.scores], self.process, self.precision,
             decode_rows=self.loader.decode_rows,
         )  # fmt: skip
 
         def take(prediction: Prediction | None, batch: Batch) -> None:
-            collector(prediction, batch)
+            for collector in (own, *others):
+                collector(prediction, batch)
             if look:
                 look(prediction, batch)
 
         with self.logbook.progress(len(loader), f"scoring {label}") as bar:
-            evaluation = evaluator.run(loader, bar.update if label else None, take)
-        parts = distributed.gather_objects(collector.finish())
-        whole, table = None, []
-        if parts is not None:
-            total = parts[0].merge(parts[1:])
-            whole = total.result()
-            own = {row["id"]: row for row in evaluation.rows}
-            table = [own.get(row["id"], {}) | row for row in total.table()]
-        result = distributed.broadcast_object(whole)
-        return Judged(evaluation.prompt, evaluation.scores, result, table)
+            evaluation = evaluator.run(loader, bar.update, take)
+        result, table = _joined(own)
+        losses = {row["id"]: row for row in evaluation.rows}
+        table = [losses.get(row["id"], {}) | row for row in table]
+        judged = Judged(evaluation.prompt, evaluation.scores, result, table)
+        joined = zip(beside, map(_joined, others), strict=True)
+        return judged, {name: Judged(evaluation.prompt, {}, *parts) for name, parts in joined}
+
+    def _collector(self, prompts: PromptOptions, reading: Reading | None) -> Collector:
+        classes = self._classes(prompts)
+        names = class_names(self.read) if classes > 1 else ()
+        scoring = Scoring(self.protocol[0], classes, names, self.protocol[1])
+        return Collector(scoring, self.pairs, reading, scoring_threads(self.loader.workers))
 
     def _classes(self, prompts: PromptOptions) -> int:
         """How many classes an answer tells apart."""
@@ -133,6 +144,16 @@ class Bench:
 
     def _most_frequent(self, prediction: None, batch: Batch) -> Tensor:
         return torch.full_like(batch.target, self.majority)
+
+
+def _joined(collector: Collector) -> tuple[dict, list[dict]]:
+    """Collective. The result of all ranks on each of them; on rank 0 the table of pictures."""
+    parts = distributed.gather_objects(collector.finish())
+    whole, table = None, []
+    if parts is not None:
+        total = parts[0].merge(parts[1:])
+        whole, table = total.result(), total.table()
+    return distributed.broadcast_object(whole), table
 
 
 def filled_box(prediction: Prediction | None, batch: Batch) -> Tensor:

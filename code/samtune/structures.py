@@ -104,33 +104,32 @@ class Frames:
         image_index: (R,) the image of each row; None when row r asks about image r. lines: which
         lines of the canvas to compute.
         """
-        original, valid = self.original_size, self.valid_size
-        if image_index is not None:
-            original, valid = original[image_index], valid[image_index]
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits.float()
             down, across = (
                 _resize_matrix(
                     logits.shape[2 + axis],
                     self.frame_size[axis],
-                    valid[:, axis],
-                    original[:, axis],
+                    self.valid_size[:, axis],
+                    self.original_size[:, axis],
                     torch.arange(self.canvas_size[axis], device=logits.device)[part],
                 )
                 for axis, part in enumerate((lines, ALL))
-            )  # (R, canvas_h, h), (R, canvas_w, w)
+            )  # (B, canvas_h, h), (B, canvas_w, w)
+            if image_index is not None:  # many rows may ask about one image
+                down, across = down[image_index], across[image_index]
             return down[:, None] @ logits @ across[:, None].transpose(2, 3)
 
 
 def _resize_matrix(low: int, frame: int, valid: Tensor, original: Tensor, at: Tensor) -> Tensor:
-    """(R, len(at), low): the weights of resizing low -> frame, cropping to valid, -> original.
+    """(B, len(at), low): the weights of resizing low -> frame, cropping to valid, -> original.
 
     at: which pixels of the original.
     """
     device = valid.device
     last = torch.tensor(low - 1, device=device)
     up = _bilinear(torch.arange(frame, device=device), low / frame, last, low)  # (frame, low)
-    ratio = valid.float()[:, None] / original.float()[:, None]  # (R, 1)
+    ratio = valid.float()[:, None] / original.float()[:, None]  # (B, 1)
     return _bilinear(at[None], ratio, valid[:, None] - 1, frame) @ up
 
 

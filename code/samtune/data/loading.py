@@ -45,10 +45,7 @@ def make_loader(
     -1: up to 4, as the cores allow; 0: this process. start_method: '' decides as said above. A
     UserError in a loader process is raised here as it is. No global random state is used.
     """
-    if workers < -1:
-        raise UserError(f"--workers {workers}: must be -1 or more")
-    workers = min(4, cores_per_process()) if workers == -1 else workers
-    workers = min(workers, len(batches))
+    workers = min(worker_count(workers), len(batches))
     context = None
     if workers:
         start_method = start_method or ("forkserver" if torch.cuda.is_initialized() else "fork")
@@ -64,6 +61,22 @@ def make_loader(
         persistent_workers=workers > 0,
         generator=torch.Generator().manual_seed(0),  # else one is drawn from the global generator
     )
+
+
+def worker_count(workers: int) -> int:
+    """What `--workers` asks for. Raises UserError for less than -1."""
+    if workers < -1:
+        raise UserError(f"--workers {workers}: must be -1 or more")
+    return min(4, cores_per_process()) if workers == -1 else workers
+
+
+def scoring_threads(workers: int) -> int:
+    """Threads that score what a model answered while it answers more, under `--workers`.
+
+    As many as loader processes, as far as there are cores; 0 where there is one.
+    """
+    cores = cores_per_process()
+    return min(worker_count(workers), cores) if cores > 1 else 0
 
 
 def cores_per_process() -> int:

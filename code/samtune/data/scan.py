@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,10 +18,12 @@ from samtune.data.objects import settle_objects, things_of
 from samtune.data.samples import NOTES, read_sample
 from samtune.data.transforms import fit_scale
 from samtune.errors import UserError
+from samtune.threads import InOrder
 
 _MOSTLY_FOREGROUND = 0.6
 _SLIVER = "images are so narrow that they become one pixel wide in the model's frame"
 _LISTED_PROBLEMS = 20
+_REPORTS_AT_ONCE = 256  # kept before they become one, so that memory does not grow with the data
 
 
 @dataclass
@@ -125,13 +126,19 @@ def scan_pairs(
         parse_range(read.intensity_range)
     coding_of(read)  # flags that contradict each other are said once, not per file
     class_names(read)
-    reports = []
-    # Decoding leaves the interpreter lock, so threads are enough, and nothing has to be copied.
-    with ThreadPoolExecutor(max_workers=min(8, cores_per_process())) as pool:
-        for report in pool.map(lambda pair: _scan(pair, read, Size.read(image_size)), pairs):
-            reports.append(report)
-            if progress:
-                progress(1)
+    reports = [ScanReport()]
+
+    def take(report: ScanReport) -> None:
+        reports.append(report)
+        if len(reports) == _REPORTS_AT_ONCE:
+            reports[:] = [ScanReport.merge(reports)]
+        if progress:
+            progress(1)
+
+    threads = InOrder(min(8, cores_per_process()), take)
+    for pair in pairs:
+        threads.put(_scan, pair, read, Size.read(image_size))
+    threads.finish()
     return ScanReport.merge(reports)
 
 

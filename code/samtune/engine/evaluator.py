@@ -19,6 +19,8 @@ from samtune.structures import Batch, Prediction, Prompts
 # What a model answered and the batch that asked -> named scores, each (R,).
 Scorer = Callable[[Prediction | None, Batch], dict[str, Tensor]]
 
+_PARTS_AT_ONCE = 64  # whose scores wait on the device: seldom a copy, and never many of them
+
 
 class Counter(Protocol):
     """Scores that are no mean over rows: what each row adds to integer counts of the whole set."""
@@ -97,7 +99,7 @@ class Evaluator:
     @torch.no_grad()
     def _score(self, loader, progress, on_batch) -> tuple[list[dict], str | None, Tensor | None]:
         """This rank's rows, the prompt and the counts; the latter None where there is no batch."""
-        names, ids, values, prompt, counts = [], [], [], None, None
+        names, ids, table, waiting, prompt, counts = [], [], [], [], None, None
         with _eval_mode(self.model):
             for batch in loader:
                 prompt = batch.told or _prompt_of(batch.prompts)
@@ -108,16 +110,18 @@ class Evaluator:
                     rows = torch.zeros(len(part.weight), 0, dtype=torch.float64)
                     if scores:
                         rows = torch.stack([s.double() for s in scores.values()], dim=1)
-                    values.append((rows, real))
+                    waiting.append((rows, real))
                     if self.counter:
                         more = self.counter(prediction, part)
                         more = (more * _beside(part.weight > 0, more)).sum(0)
                         counts = more if counts is None else counts + more
                     if on_batch:
                         on_batch(prediction, part)
+                if len(waiting) >= _PARTS_AT_ONCE:
+                    table += _moved(waiting)
                 if progress:
                     progress(1)
-        table = [row for rows, real in values for row in rows.cpu()[real].tolist()]
+        table += _moved(waiting)
         return (
             [
                 {"id": key, **dict(zip(names, row, strict=True))}
@@ -188,6 +192,15 @@ class _eval_mode:
     def __exit__(self, *_) -> None:
         for part, training in self.modes:
             part.training = training
+
+
+def _moved(waiting: list[tuple[Tensor, Tensor]]) -> list[list[float]]:
+    """The rows that count of all that wait, which wait no more: one copy from the device."""
+    if not waiting:
+        return []
+    rows, real = (torch.cat(parts) for parts in zip(*waiting, strict=True))
+    waiting.clear()
+    return rows.cpu()[real].tolist()
 
 
 def _beside(values: Tensor, other: Tensor) -> Tensor:

@@ -13,8 +13,7 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from samtune.metrics.measure import Answer, Measured, Metric, ratio, stretched
-from samtune.structures import IGNORE
+from samtune.metrics.measure import Answer, GreyMap, Measured, Metric, ratio
 
 EPS = float(np.finfo(np.float64).eps)
 LEVELS = 256
@@ -56,11 +55,8 @@ class Curve(Metric):
         return (f"{self.kind}_adaptive", f"{self.kind}_binary", f"{self.kind}_mean")
 
     def measure(self, truth: np.ndarray, answer: Answer) -> Measured:
-        read = truth != IGNORE
-        grey, true = stretched(answer.probability, read, self.stretch)[read], truth[read] == 1
-        adaptive = self.score(cut(grey >= min(2 * grey.mean(dtype=np.float64), 1), true))[0]
-        halves = cut(grey > 0.5, true)
-        binary, curve = self.score(halves)[0], self.score(cut_at_levels(grey, true))
+        adaptive, halves, levels = answer.once(_cuts, truth, self.stretch)
+        adaptive, binary, curve = self.score(adaptive)[0], self.score(halves)[0], self.score(levels)
         columns = dict(zip(self.columns, (adaptive, binary, curve.mean()), strict=True))
         pooled = [count[0] for count in halves]
         return Measured(columns, np.array([1, adaptive, binary, *curve, *pooled], np.float64))
@@ -88,6 +84,14 @@ class Curve(Metric):
         return scores
 
 
+def _cuts(truth: np.ndarray, answer: Answer, stretch: bool) -> tuple[Counts, Counts, Counts]:
+    """The map cut adaptively (1,), at 1/2 (1,), at each level (256,): once for all kinds."""
+    picture = answer.once(GreyMap, truth, stretch)
+    grey, true = picture.values, picture.hits
+    adaptive = cut(grey >= min(2 * grey.mean(dtype=np.float64), 1), true)
+    return adaptive, cut(grey > 0.5, true), cut_at_levels(grey, true)
+
+
 def cut(mask: np.ndarray, true: np.ndarray) -> Counts:
     """Counts of one boolean answer (N,) against the truth (N,), each (1,)."""
     tp = np.count_nonzero(mask & true)
@@ -99,10 +103,10 @@ def cut(mask: np.ndarray, true: np.ndarray) -> Counts:
 def cut_at_levels(grey: np.ndarray, true: np.ndarray) -> Counts:
     """Counts (256,) of (N,) values in 0..1; entry k counts floor(255 v) >= 255 - k."""
     level = (grey * 255).astype(np.uint8)
-    tp, fp = (
-        np.cumsum(np.bincount(level[part], minlength=LEVELS)[::-1]).astype(np.float64)
-        for part in (true, ~true)
+    found, inside = (
+        np.cumsum(np.bincount(part, minlength=LEVELS)[::-1]) for part in (level, level[true])
     )
+    tp, fp = inside.astype(np.float64), (found - inside).astype(np.float64)
     return Counts(tp, fp, tp[-1] - tp, fp[-1] - fp)
 
 

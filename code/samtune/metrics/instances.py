@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import cv2
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
@@ -36,7 +37,7 @@ class SegmentationAccuracy(MeanMetric):
     columns = ("mSA", "SA50", "SA75", "precision", "recall", "F1")
 
     def values(self, truth: np.ndarray, answer: Answer) -> dict[str, float]:
-        iou = mask_ious(answer.masks, truth)  # (N, M)
+        iou = answer.once(_ious, truth)  # (N, M)
         found, true = iou.shape
         accuracy, right = accuracies(iou)
         return {
@@ -68,7 +69,7 @@ class AveragePrecision(RankedMetric):
 
     def measure(self, truth: np.ndarray, answer: Answer) -> Measured:
         order = np.argsort(-answer.scores, kind="stable")[:KEPT]
-        iou = mask_ious(answer.masks[order], truth)
+        iou = answer.once(_ious, truth)[order]
         hits = np.stack([_greedy(iou, threshold) for threshold in THRESHOLDS], 1)  # (N, 10)
         ranked = np.concatenate([answer.scores[order, None].astype(np.float64), hits], 1)
         return Measured({}, np.array([float(iou.shape[1])]), ranked)
@@ -91,6 +92,10 @@ class AveragePrecision(RankedMetric):
         }
 
 
+def _ious(truth: np.ndarray, answer: Answer) -> np.ndarray:
+    return mask_ious(answer.masks, truth)
+
+
 def masks_of(ids: np.ndarray) -> np.ndarray:
     """(H, W) object ids, 0 background -> (M, H, W) bool, in the order of the ids.
 
@@ -104,12 +109,22 @@ def masks_of(ids: np.ndarray) -> np.ndarray:
 
 def mask_ious(masks: np.ndarray, others: np.ndarray) -> np.ndarray:
     """(N, H, W) and (M, H, W) bool -> (N, M) float64; masks may overlap, empty ones have IoU 0."""
-    others = others.reshape(len(others), others.shape[-2] * others.shape[-1])
     both = np.zeros((len(masks), len(others)))
-    for row, mask in enumerate(masks):
-        both[row] = np.count_nonzero(others[:, np.flatnonzero(mask)], axis=1)
-    sizes = np.array([np.count_nonzero(mask) for mask in masks], np.float64)
-    return ratio(both, sizes[:, None] + np.count_nonzero(others, axis=1) - both, 0)
+    (start, stop), (other_start, other_stop) = _boxes(masks), _boxes(others)
+    start = np.maximum(start[:, None], other_start)  # (N, M, 2), of what two boxes share
+    stop = np.minimum(stop[:, None], other_stop)
+    for row, column in np.argwhere((start < stop).all(-1)):  # most objects are far apart
+        shared = tuple(map(slice, start[row, column], stop[row, column]))
+        both[row, column] = np.count_nonzero(masks[row][shared] & others[column][shared])
+    sizes, true = (np.array([np.count_nonzero(m) for m in part]) for part in (masks, others))
+    return ratio(both, sizes[:, None] + true - both, 0)
+
+
+def _boxes(masks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(N, H, W) bool -> the (y, x) where each mask starts and where it stops, (N, 2) each."""
+    found = [cv2.boundingRect(mask.view(np.uint8)) for mask in masks]  # empty: nothing
+    x, y, width, height = np.array(found, np.int64).reshape(-1, 4).T
+    return np.stack([y, x], 1), np.stack([y + height, x + width], 1)
 
 
 def accuracies(iou: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,9 @@ the same rule as that of the whole; a bootstrap replicate is one more such sum.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
@@ -22,7 +24,8 @@ class Answer:
 
     probability: (H, W) float, 0..1, of the foreground. labels: (H, W) integers, class ids.
     class_probability: (K, H, W) float, sums to 1 over K. masks: (N, H, W) bool with scores (N,),
-    one per object found. A protocol reads one of these forms (`Protocol.answer`).
+    one per object found. A protocol reads one of these forms (`Protocol.answer`). shared: what
+    metrics have computed for each other; None: each computes for itself.
     """
 
     probability: np.ndarray | None = None
@@ -30,13 +33,29 @@ class Answer:
     class_probability: np.ndarray | None = None
     masks: np.ndarray | None = None
     scores: np.ndarray | None = None
+    shared: dict | None = None
+
+    def once(self, make: Callable, truth: np.ndarray, *settings):
+        """make(truth, answer, *settings), which several metrics need: computed once for them all
+        where `shared` says that only one truth is compared with this answer.
+        """
+        if self.shared is None:
+            return make(truth, self, *settings)
+        key = (make, *settings)
+        if key not in self.shared:
+            self.shared[key] = make(truth, self, *settings)
+        return self.shared[key]
 
     def shape(self, form: str) -> tuple[int, ...]:
         """(H, W) of the answer in the given form; ValueError when the form is absent."""
+        return self.array(form).shape[-2:]
+
+    def array(self, form: str) -> np.ndarray:
+        """The answer in the given form; ValueError when it is absent."""
         array = self.masks if form == INSTANCES else getattr(self, form)
         if array is None:
             raise ValueError(f"the protocol scores {form}, and the answer has none")
-        return array.shape[-2:]
+        return array
 
 
 @dataclass(frozen=True)
@@ -151,15 +170,45 @@ def foreground(truth: np.ndarray, answer: Answer, threshold: float) -> tuple[np.
     return (answer.probability > threshold) & read, truth == 1, read
 
 
+class GreyMap:
+    """The map that the saliency family scores, beside the truth.
+
+    grey: (H, W), `stretched` if asked. true, read: (H, W) bool. values, hits: (N,) the map and the
+    truth where it is read. wide: grey as float64.
+    """
+
+    def __init__(self, truth: np.ndarray, answer: Answer, stretch: bool):
+        self.read, self.true = truth != IGNORE, truth == 1
+        self.grey = stretched(answer.probability, self.read, stretch)
+        self.whole = bool(self.read.all())
+
+    def where_read(self, values: np.ndarray) -> np.ndarray:
+        """(H, W) -> (N,)"""
+        return values.reshape(-1) if self.whole else values[self.read]
+
+    @cached_property
+    def wide(self) -> np.ndarray:
+        return self.grey.astype(np.float64)
+
+    @cached_property
+    def values(self) -> np.ndarray:
+        return self.where_read(self.grey)
+
+    @cached_property
+    def hits(self) -> np.ndarray:
+        return self.where_read(self.true)
+
+
 def stretched(probability: np.ndarray, read: np.ndarray, stretch: bool = True) -> np.ndarray:
     """The map that the saliency family scores: min to 0 and max to 1 over the read pixels.
 
     A constant map stays. In the map's own precision, for a float32 map falls into the bins that the
     published evaluations put it in. Pixels that are not read become 0.
     """
-    probability = np.where(read, probability, probability.dtype.type(0))
+    whole = read.all()  # then there is nothing to pick out or to blank
     if stretch:
-        low, high = probability[read].min(), probability[read].max()
+        seen = probability if whole else probability[read]
+        low, high = seen.min(), seen.max()
         if high > low:
-            probability = np.where(read, (probability - low) / (high - low), 0)
-    return probability
+            probability = (probability - low) / (high - low)
+    return probability if whole else np.where(read, probability, probability.dtype.type(0))

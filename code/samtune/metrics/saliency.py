@@ -8,17 +8,22 @@ picture, knows no unread pixels, and lets one undefined picture make the score o
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
+import cv2
 import numpy as np
 from scipy import ndimage
 
 from samtune.metrics.curves import EPS
-from samtune.metrics.measure import Answer, MeanMetric, stretched
-from samtune.structures import IGNORE
+from samtune.metrics.measure import Answer, GreyMap, MeanMetric
 
 GAUSSIAN_SIDE, GAUSSIAN_SIGMA = 7, 5.0  # of the weighted F-measure
+REACH = GAUSSIAN_SIDE // 2  # pixels from the kernel's centre to its side
+FAR = 266  # pixels after which 2 - 2^(-FAR / 5) is 2 in float64
+EXACT_SIDE = 4096  # pixels; the squares of larger distances do not fit OpenCV's float32
 HALF_DISTANCE = 5.0  # pixels after which its extra weight of a false alarm has halved its way to 2
 
 
@@ -31,9 +36,8 @@ class MeanAbsoluteError(MeanMetric):
     columns = ("MAE",)
 
     def values(self, truth: np.ndarray, answer: Answer) -> dict[str, float]:
-        read = truth != IGNORE
-        grey = stretched(answer.probability, read, self.stretch)[read].astype(np.float64)
-        return {"MAE": float(np.abs(grey - (truth[read] == 1)).mean())}
+        picture = answer.once(GreyMap, truth, self.stretch)
+        return {"MAE": float(np.abs(picture.where_read(picture.wide) - picture.hits).mean())}
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,9 @@ class StructureMeasure(MeanMetric):
     columns = ("S_measure",)
 
     def values(self, truth: np.ndarray, answer: Answer) -> dict[str, float]:
-        read = truth != IGNORE
-        grey = stretched(answer.probability, read, self.stretch).astype(np.float64)
-        return {"S_measure": s_measure(grey, truth == 1, read, self.alpha, self.degenerate)}
+        picture = answer.once(GreyMap, truth, self.stretch)
+        parts = picture.wide, picture.true, picture.read
+        return {"S_measure": s_measure(*parts, self.alpha, self.degenerate)}
 
 
 @dataclass(frozen=True)
@@ -76,9 +80,8 @@ class WeightedF(MeanMetric):
     columns = ("weighted_F",)
 
     def values(self, truth: np.ndarray, answer: Answer) -> dict[str, float]:
-        read = truth != IGNORE
-        grey = stretched(answer.probability, read, self.stretch).astype(np.float64)
-        return {"weighted_F": weighted_f(grey, truth == 1, read, self.beta2)}
+        picture = answer.once(GreyMap, truth, self.stretch)
+        return {"weighted_F": weighted_f(picture.wide, picture.true, picture.read, self.beta2)}
 
 
 def s_measure(
@@ -132,18 +135,71 @@ def weighted_f(grey: np.ndarray, true: np.ndarray, read: np.ndarray, beta2: floa
     """Weighted F of a map (H, W) float64 in 0..1 and a mask (H, W) bool, over the read pixels."""
     if not true.any():
         return 0.0
-    distance, nearest = ndimage.distance_transform_edt(~true, return_indices=True)
     error = np.where(read, np.abs(grey - true), 0)
-    # Outside the object, the error of its nearest pixel; what is not read, as beyond the edge, 0.
-    carried = np.where(read, error[tuple(nearest)], 0)
+    near = _around(true, REACH)
+    # What is not read counts like what lies beyond the picture's edge: 0.
+    carried = np.where(read[near], _carried(error[near], true[near]), 0)
     smooth = ndimage.correlate1d(carried, _gaussian(), axis=0, mode="constant")
     smooth = ndimage.correlate1d(smooth, _gaussian(), axis=1, mode="constant")
-    missed = np.minimum(error, smooth)[true]
+    missed = np.minimum(error[true], smooth[true[near]])
     outside = read & ~true
-    false_alarm = error[outside] * (2 - np.exp(np.log(0.5) / HALF_DISTANCE * distance[outside]))
+    false_alarm = error[outside] * _false_alarm_weight(true)[outside]
     found = missed.size - missed.sum()
     recall, precision = 1 - missed.mean(), found / (found + false_alarm.sum() + EPS)
     return float((1 + beta2) * recall * precision / (recall + beta2 * precision + EPS))
+
+
+def _around(true: np.ndarray, margin: int) -> tuple[slice, slice]:
+    """The mask's bounding box, `margin` pixels wider on each side where the picture has them."""
+    x, y, width, height = cv2.boundingRect(true.view(np.uint8))
+    rows = slice(max(0, y - margin), y + height + margin)
+    return rows, slice(max(0, x - margin), x + width + margin)
+
+
+def _carried(error: np.ndarray, true: np.ndarray) -> np.ndarray:
+    """The object's error, and within the kernel's reach of it that of the object's nearest pixel.
+
+    Of equally near ones it is the leftmost, then the uppermost, as SciPy's distance transform has
+    it. Farther away, where no pixel of the object reads it, 0.
+    """
+    height, width = true.shape
+    farthest = math.isqrt(2 * REACH**2)
+    span = range(-farthest, farthest + 1)
+    steps = sorted((r * r + c * c, c, r) for r in span for c in span)
+    band = cv2.dilate(true.astype(np.uint8), np.ones((GAUSSIAN_SIDE,) * 2, np.uint8)).astype(bool)
+    true, error, band = (np.pad(part, farthest).ravel() for part in (true, error, band))
+    carried, left = np.zeros_like(error), np.flatnonzero(band)
+    for _, column, row in steps:
+        source = left + (row * (width + 2 * farthest) + column)
+        found = true[source]
+        carried[left[found]] = error[source[found]]
+        left = left[~found]
+    return carried.reshape(height + 2 * farthest, -1)[farthest:-farthest, farthest:-farthest]
+
+
+def _false_alarm_weight(true: np.ndarray) -> np.ndarray:
+    """(H, W) float64: 1 on the object, growing to 2 far from it."""
+    weight = np.full(true.shape, 2.0)
+    near = _around(true, FAR)
+    weight[near] = _weight_by_distance()[_squared_distance(true[near])]
+    return weight
+
+
+@cache
+def _weight_by_distance() -> np.ndarray:
+    """(FAR^2 + 1,) float64, by the square of the distance."""
+    distance = np.sqrt(np.arange(FAR**2 + 1, dtype=np.float64))
+    return 2 - np.exp(np.log(0.5) / HALF_DISTANCE * distance)
+
+
+def _squared_distance(true: np.ndarray) -> np.ndarray:
+    """(H, W) integers, to the nearest pixel of the mask, at most FAR^2."""
+    if max(true.shape) <= EXACT_SIDE:
+        outside = (~true).view(np.uint8)
+        distance = cv2.distanceTransform(outside, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    else:
+        distance = ndimage.distance_transform_edt(~true)
+    return np.minimum(np.rint(distance * distance), FAR**2).astype(np.int32)
 
 
 def _gaussian() -> np.ndarray:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,6 +38,13 @@ METRICS: dict[str, type[Metric]] = {
 }  # fmt: skip
 FIXED_BITS = 64  # totals are Python integers in units of 2^-64: exact, of any size
 OWN_COLUMNS = ("id", "group", "empty_truth", "ignored_pixels")
+
+
+class Entry(NamedTuple):
+    """A picture or volume, measured: its row of the table, and per metric what it adds."""
+
+    row: dict
+    measured: list[Measured]
 
 
 class Scoring:
@@ -84,44 +93,60 @@ class Scoring:
         independent draws (a video, a patient): the bootstrap draws groups as a whole. Raises
         ValueError for an id that came before, an answer of another size, or an absent form.
         """
-        if truth.shape[-2:] != answer.shape(self.protocol.answer):
-            raise ValueError(f"{id}: the answer is not as large as the truth, {truth.shape[-2:]}")
-        if self.protocol.unit == "volume":
-            slices = self.open.setdefault(group or id, {})
-            if id in slices or (group or id) in self.rows:
-                raise ValueError(f"{id} is scored twice, or after its volume {group} was complete")
-            slices[id] = (truth.astype(np.uint8), answer.labels.astype(np.uint8))
-        else:
-            self._enter(id, truth, answer, group)
+        if self.protocol.unit != "volume":
+            self.enter(self.measure(id, truth, answer, group))
+            return
+        self._check_size(id, truth, answer)
+        slices = self.open.setdefault(group or id, {})
+        if id in slices or (group or id) in self.rows:
+            raise ValueError(f"{id} is scored twice, or after its volume {group} was complete")
+        slices[id] = (truth.astype(np.uint8), answer.labels.astype(np.uint8))
 
     def complete(self, group: str) -> None:
         """Score a volume whose slices have all been added, in the order of their ids, and let its
         slices go. A volume dealt over several processes is left open and completed by `result`.
         """
-        slices = self.open.pop(group)
+        self.enter(self.measure_volume(group, self.open.pop(group)))
+
+    def measure_volume(self, group: str, slices: dict[str, tuple[np.ndarray, np.ndarray]]) -> Entry:
+        """`measure` of a volume's slices, as `open` keeps them."""
         ordered = [slices[id] for id in sorted(slices, key=_natural)]
         truth, labels = (np.stack(part) for part in zip(*ordered, strict=True))
-        self._enter(group, truth, Answer(labels=labels), "")
+        return self.measure(group, truth, Answer(labels=labels))
 
-    def _enter(self, id: str, truth: np.ndarray, answer: Answer, group: str) -> None:
-        if id in self.rows:
-            raise ValueError(f"{id} is scored twice")
+    def measure(self, id: str, truth: np.ndarray, answer: Answer, group: str = "") -> Entry:
+        """What `add` enters, and most of its time. Changes nothing, so threads may call it."""
+        self._check_size(id, truth, answer)
+        answer = replace(answer, shared={})
         instances = self.protocol.answer == INSTANCES
         ignored = 0 if instances else int(np.count_nonzero(truth == IGNORE))
         unread = ignored == truth.size and not instances
         measured = [m.nothing() if unread else m.measure(truth, answer) for m in self.metrics]
-        self.rows[id] = {
+        row = {
             "id": id,
             "group": group,
             "empty_truth": self._is_empty(truth, unread),
             "ignored_pixels": ignored,
             **{name: float(v) for one in measured for name, v in one.columns.items()},
         }
+        return Entry(row, measured)
+
+    def enter(self, entry: Entry) -> None:
+        """Take in what was measured. Raises ValueError for an id that came before."""
+        row, measured = entry
+        id = row["id"]
+        if id in self.rows:
+            raise ValueError(f"{id} is scored twice")
+        self.rows[id] = row
         sums = np.concatenate([one.sums for one in measured]).astype(np.float64)
         fixed = map(int, np.ldexp(sums, FIXED_BITS).tolist())
         self.totals = [total + value for total, value in zip(self.totals, fixed, strict=True)]
-        self.bootstrap.add(group or id, sums)
+        self.bootstrap.add(row["group"] or id, sums)
         self._keep_ranked(id, measured)
+
+    def _check_size(self, id: str, truth: np.ndarray, answer: Answer) -> None:
+        if truth.shape[-2:] != answer.shape(self.protocol.answer):
+            raise ValueError(f"{id}: the answer is not as large as the truth, {truth.shape[-2:]}")
 
     def _is_empty(self, truth: np.ndarray, unread: bool) -> bool:
         """Nothing to find: no foreground, no object; with classes, no read pixel."""
@@ -220,7 +245,8 @@ class Scoring:
     def _weights(self) -> np.ndarray:
         """(B, U) how often each picture, sorted by id, enters each replicate."""
         count = len(self.bootstrap.sums)
-        drawn = [weights(row["group"] or row["id"], count) for row in self.table()]
+        draws = (weights(row["group"] or row["id"], count) for row in self.table())
+        drawn = [weight.astype(np.uint8) for weight in draws]  # below 20, and there are many
         return np.stack(drawn, 1) if drawn else np.zeros((count, 0))
 
     def _protocol(self) -> dict:

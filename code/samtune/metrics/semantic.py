@@ -85,11 +85,13 @@ class SoftClasses(Metric):
 
     def measure(self, truth: np.ndarray, answer: Answer) -> Measured:
         read = truth != IGNORE
-        probability = answer.class_probability[:, read].astype(np.float64)  # (K, N)
-        true = truth[read] == np.arange(len(self.class_names))[:, None]  # (K, N)
-        sums = np.concatenate(
-            [(probability * true).sum(1), (probability**2).sum(1), true.sum(1).astype(np.float64)]
-        )
+        truth, whole = truth[read], read.all()
+        sums = np.zeros((3, len(self.class_names)))
+        for k, probability in enumerate(answer.class_probability):  # one at a time: few bytes
+            probability = (probability.ravel() if whole else probability[read]).astype(np.float64)
+            true = truth == k
+            sums[:, k] = (probability * true).sum(), (probability**2).sum(), np.count_nonzero(true)
+        sums = sums.ravel()
         return Measured({"soft_mIoU": float(self.summarise(sums)["soft_mIoU"])}, sums)
 
     def summarise(self, sums: np.ndarray) -> dict[str, np.ndarray]:
