@@ -17,7 +17,7 @@ from samtune.engine.distributed import Process
 from samtune.engine.optim import build_optimizer, build_schedule
 from samtune.engine.trainer import Trainer, explain_out_of_memory
 from samtune.losses import EveryAnswer, make_loss
-from samtune.models.anatomy import checkpoint_activations
+from samtune.models.anatomy import attention_blocks, checkpoint_activations
 from samtune.models.weights import find_checkpoint
 from samtune.pipeline import validation_scores
 from samtune.structures import Batch, Frame, Frames, Prompts
@@ -46,7 +46,8 @@ def run(config: BenchmarkConfig, process: Process) -> dict:
     image_size = model.image_size
     if config.optim.activation_checkpointing:
         checkpoint_activations(model.image_encoder)
-    wrapped = distributed.wrap(model, process)
+    shard_by = attention_blocks(model.image_encoder) if config.optim.shard else ()
+    wrapped = distributed.wrap(model, process, shard_by)
     optimizer = build_optimizer(wrapped, config.optim)
     steps = config.benchmark.warmup + config.benchmark.steps
     trainer = Trainer(
@@ -78,6 +79,7 @@ def run(config: BenchmarkConfig, process: Process) -> dict:
         "processes": process.world,
         "precision": trainer.precision,
         "activation_checkpointing": config.optim.activation_checkpointing,
+        "shard": config.optim.shard,
         "train": options.train,
         "prompt": prompt,
         "num_classes": classes,

@@ -322,6 +322,11 @@ class OptimOptions:
         "compute the image encoder's blocks again in the backward pass instead of keeping their "
         "activations: far less memory, about a third more time, the same numbers",
     )
+    shard: bool = option(
+        False,
+        "with several processes: each keeps a part of the parameters, gradients and optimizer "
+        "state instead of all (FSDP2), for sizes that do not fit on one GPU; the same numbers",
+    )
     precision: str = option(
         "auto",
         "'auto': bf16 where the GPU has it, else fp16 on a GPU, fp32 on a CPU",

@@ -25,7 +25,7 @@ from samtune.engine.optim import build_optimizer, build_schedule
 from samtune.engine.trainer import Trainer
 from samtune.errors import UserError
 from samtune.losses import EveryAnswer, make_loss
-from samtune.models.anatomy import checkpoint_activations
+from samtune.models.anatomy import attention_blocks, checkpoint_activations
 from samtune.models.segmenter import PromptedSam
 from samtune.models.weights import find_checkpoint
 from samtune.pipeline import check_pairs, evaluation_loader, usable, validation_scores
@@ -173,6 +173,11 @@ def _introduce(config, model, training: int, validation: int, process, folder, l
     weights = "random, so all of SAM that the prompt reads trains (--train auto)"
     if model.load_report:
         weights = model.load_report.summary()
+    spread = ""
+    if config.optim.shard:
+        spread = (
+            ", sharded" if process.world > 1 else "; --shard has nothing to share out among one"
+        )
     sample = " (the sample set)" if config.data.train_image_dir.startswith(str(SAMPLE_SET)) else ""
     logbook.say(
         f"model: {config.model.adapter} on {config.model.model_type} at {model.image_size} px, "
@@ -181,6 +186,7 @@ def _introduce(config, model, training: int, validation: int, process, folder, l
         f"data: {training} training images in {said_of(config.data)}{sample}\n"
         f"validation: {validation} images\n"
         f"run: {config.run.output_dir}, {process.world} process(es) on {process.device.type}"
+        + spread
     )
 
 
@@ -202,7 +208,8 @@ def _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state):
     scorers, counter = validation_scores(*task, run.best_by)
     if options.activation_checkpointing:
         checkpoint_activations(model.image_encoder)
-    wrapped = distributed.wrap(model, process)
+    shard_by = attention_blocks(model.image_encoder) if options.shard else ()
+    wrapped = distributed.wrap(model, process, shard_by)
     optimizer = build_optimizer(wrapped, options)
     schedule = build_schedule(optimizer, options, run.epoch * plan.steps_per_epoch)
     trainer = Trainer(
@@ -215,15 +222,16 @@ def _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state):
         val_pairs, config.read, config.prompts, image_size, loader, process
     )
     evaluator = Evaluator(
-        model, [criterion.scores, *scorers], process, trainer.precision, counter,
-        loader.decode_rows,
+        distributed.evaluated(wrapped), [criterion.scores, *scorers], process, trainer.precision,
+        counter, loader.decode_rows,
     )  # fmt: skip
 
     def make_batches(epoch: int, first_step: int):
         return make_loader(dataset, plan.batches(epoch, first_step), loader.workers, on_gpu)
 
     def validate() -> dict[str, float]:
-        with logbook.progress(len(val_loader), "validation") as bar:
+        progress = logbook.progress(len(val_loader), "validation")
+        with progress as bar, distributed.gathered(wrapped):
             return evaluator.run(val_loader, bar.update).scores
 
     return trainer.fit(
