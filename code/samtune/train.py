@@ -43,11 +43,14 @@ def run(config: TrainConfig, resumed: RunFolder | None, process: Process) -> Tra
     on all ranks alike and before the first step; Interrupted after a signal, once `last.pt` is
     written.
     """
+    _agree_on_run(resumed)
     config = _complete(config, resumed, process)
-    with distributed.together():
-        if process.local_rank == 0:  # it may download; the others find the file
-            find_checkpoint(config.model)
-            ADAPTERS[config.model.adapter].settle(config.adapter, config.model.download)
+
+    def fetch() -> None:  # it may download; the others find the file
+        find_checkpoint(config.model)
+        ADAPTERS[config.model.adapter].settle(config.adapter, config.model.download)
+
+    distributed.once_per_machine(process, fetch)
     with distributed.together():
         config, remark = _settle(config)
         model, metadata = _build(config, resumed is not None)
@@ -91,6 +94,16 @@ def _groups(config: TrainConfig) -> list:
     return [getattr(config, f.name) for f in fields(config)]
 
 
+def _agree_on_run(resumed: RunFolder | None) -> None:
+    """Collective. Raise UserError where machines do not see the same run to go on with."""
+    seen = distributed.all_gather_objects(str(resumed.path) if resumed else "none")
+    if len(set(seen)) > 1:
+        raise UserError(
+            f"--resume: the machines find different runs ({', '.join(sorted(set(seen)))}); "
+            "--output_dir must be one folder, on a disk that all of them share"
+        )
+
+
 def _complete(config: TrainConfig, resumed: RunFolder | None, process: Process) -> TrainConfig:
     """Collective. Fill in what was left open: the run's folder, the folders of the data."""
     output_dir = str(resumed.path) if resumed else config.run.output_dir
@@ -98,9 +111,10 @@ def _complete(config: TrainConfig, resumed: RunFolder | None, process: Process) 
     run = replace(config.run, output_dir=distributed.broadcast_object(output_dir))
     with distributed.together():
         data, test, read = complete_named(config.data, config.test, config.read)
+    if not data.named:
+        distributed.once_per_machine(process, lambda: make_sample_set(SAMPLE_SET))
+    with distributed.together():
         if not data.named:
-            if process.local_rank == 0:
-                make_sample_set(SAMPLE_SET)
             data = replace(data, **_sample_folders("train"), **_sample_folders("val"))
             test = test if test.named else replace(test, **_sample_folders("test"))
         if not (data.val_image_dir or data.dataset):

@@ -36,8 +36,7 @@ def runs(tmp_path_factory):
         ("half in shards", "half in ddp"),
         ("shards to ddp", "whole in ddp"),
         ("ddp to shards", "whole in ddp"),
-        ("lora in shards", "lora in ddp"),
-        ("bf16 in shards", "bf16 in ddp"),
+        ("lora, bf16 in shards", "lora, bf16 in ddp"),
     ],
 )
 def test_shards_train_what_ddp_trains(runs, sharded, expected):

@@ -116,7 +116,7 @@ def here(tensor):
 
 def cases() -> dict[str, tuple[str, dict]]:
     """Name -> the folder of the run, its options. What is resumed was begun by the case before."""
-    lora, shared = {"adapter": "lora", "train": "adapter"}, {"adapter": "sam_adapter"}
+    lora = {"adapter": "lora", "train": "adapter", "epochs": 1, "precision": "bf16"}
     return {
         "whole in ddp": ("a", {"shard": False}),
         "whole in shards": ("b", {"shard": True, "checkpointing": True}),
@@ -124,10 +124,8 @@ def cases() -> dict[str, tuple[str, dict]]:
         "shards to ddp": ("c", {"shard": False, "resume": True}),
         "half in ddp": ("d", {"shard": False, "epochs": 1}),
         "ddp to shards": ("d", {"shard": True, "resume": True}),
-        "lora in ddp": ("e", dict(shard=False, epochs=1, **lora)),
-        "lora in shards": ("f", dict(shard=True, epochs=1, **lora)),
-        "bf16 in ddp": ("g", dict(shard=False, epochs=1, precision="bf16", **shared)),
-        "bf16 in shards": ("h", dict(shard=True, epochs=1, precision="bf16", **shared)),
+        "lora, bf16 in ddp": ("e", {"shard": False, **lora}),
+        "lora, bf16 in shards": ("f", {"shard": True, **lora}),
     }
 
 

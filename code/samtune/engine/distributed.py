@@ -15,7 +15,7 @@ import random
 import signal
 import time
 import warnings
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -166,6 +166,15 @@ def together() -> Iterator[None]:
     except UserError as raised:
         error = raised
     agree(error)
+
+
+def once_per_machine(process: Process, prepare: Callable[[], object]) -> None:
+    """Collective. Let rank 0 make files, then one rank of each machine: it finds them in a folder
+    that machines share, or makes its own. A UserError is raised on all ranks."""
+    for mine in (process.is_main, process.local_rank == 0):
+        with together():
+            if mine:
+                prepare()
 
 
 def wrap(model: nn.Module, process: Process, shard_by: Sequence[nn.Module] = ()) -> nn.Module:
