@@ -8,6 +8,10 @@ set -euo pipefail
 
 ENVIRONMENT=" $(compgen -e | tr '\n' ' ') "
 NGPU="${NGPU:-1}"                                  # processes on this machine, one per GPU
+NNODES="${NNODES:-1}"                              # machines; the same line on each, but NODE_RANK,
+NODE_RANK="${NODE_RANK:-0}"                        # which is 0 on the first, whose address is
+MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}"            # this one, as the others reach it,
+MASTER_PORT="${MASTER_PORT:-29500}"                # with a port that is free there
 MODEL_TYPE="${MODEL_TYPE:-vit_mini}"               # vit_b, vit_l, vit_h: the real ones
 CHECKPOINT="${CHECKPOINT:-auto}"                   # checkpoints/sam_vit_b_01ec64.pth
 ADAPTER="${ADAPTER:-sam_adapter}"                  # decoder, lora, conv_lora, adaptformer, ...
@@ -33,5 +37,10 @@ for name in MODEL_TYPE CHECKPOINT ADAPTER TRAIN_IMAGE_DIR TRAIN_MASK_DIR VAL_IMA
 done
 
 source "$(dirname "$0")/setup.sh"
-exec "$PYTHON" code/torchrun.py --standalone --nproc_per_node "$NGPU" code/run_sa.py train \
+nodes=(--standalone)
+if [ "$NNODES" != 1 ]; then
+    nodes=(--nnodes "$NNODES" --node_rank "$NODE_RANK")
+    nodes+=(--master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
+fi
+exec "$PYTHON" code/torchrun.py "${nodes[@]}" --nproc_per_node "$NGPU" code/run_sa.py train \
     ${flags[@]+"${flags[@]}"} "$@"

@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -28,10 +29,10 @@ def run() -> int:
     logging.disable(logging.ERROR)  # torchrun's own account of a worker's end
     arguments = parse_args(sys.argv[1:])
     if arguments.nproc_per_node.isdigit():  # else torchrun takes one thread per process, and warns
-        threads = (os.cpu_count() or 1) // int(arguments.nproc_per_node)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        threads = (cores or 1) // int(arguments.nproc_per_node)
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
-    # Slurm's warning before the end. torchrun does not pass it on; SIGTERM it does.
-    signal.signal(signal.SIGUSR1, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    signal.signal(signal.SIGUSR1, pass_on)
     try:
         launch(arguments)
     except ChildFailedError as error:
@@ -39,12 +40,28 @@ def run() -> int:
         for code in SAID_BY_THE_WORKER:
             if code in codes:
                 return code
+        if -signal.SIGUSR1 in codes:  # warned when there was nothing to save yet, or no more
+            return EXIT_INTERRUPTED
         rank, first = error.get_first_failure()
         print(f"rank {rank} ended with {_describe(first.exitcode)}", file=sys.stderr)
         return first.exitcode if first.exitcode > 0 else EXIT_CRASH
     except SignalException:
         return EXIT_INTERRUPTED
     return 0
+
+
+def pass_on(number: int, frame) -> None:
+    """Slurm's warning before the end, which torchrun keeps to itself: tell the workers, and wait.
+
+    SIGTERM torchrun does pass on, but kills who has not saved within half a minute. Where the
+    system does not say who the workers are, that must do.
+    """
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
+    workers = children.read_text().split() if children.exists() else []
+    for worker in workers:
+        os.kill(int(worker), number)
+    if not workers:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _describe(code: int) -> str:

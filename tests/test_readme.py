@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 TORCHRUNS = {"nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint", "help"}
 SUITES = {"list", "only", "preset"}  # flags of benchmarks/run.py
+# run.sh's variables that are torchrun's
+NODES = {"NGPU", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"}
 COMPARES = {"adapters"}  # flags of `compare` itself; the others are those of `train`
 
 
@@ -54,7 +56,7 @@ def test_every_launcher_flag_exists():
     script = (ROOT / "run.sh").read_text()
     variables = re.findall(r"^([A-Z_]+)=\"\$\{", script, re.M)
     passed = re.search(r"for name in (.*?); do", script, re.S).group(1).replace("\\", "").split()
-    assert passed == [name for name in variables if name != "NGPU"]
+    assert passed == [name for name in variables if name not in NODES]
     assert {name.lower() for name in passed} <= flags()
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ["code", "run.sh", "eval.sh", "setup.sh", "requirements.txt", "checkpoints/README.md"]
@@ -114,6 +116,50 @@ def test_eval_sh_on_one_process_repeats_the_scores_of_two(house, sample_run):
     assert mean == pytest.approx(after["tuned"]["iou"], abs=1e-5)
     drawn = house / sample_run / "predictions"
     assert len(list((drawn / "masks").iterdir())) == len(list((drawn / "overlays").iterdir())) == 6
+
+
+def test_two_machines_with_one_process_each_train_what_one_with_two_does(
+    house, sample_run, tmp_path
+):
+    """The same line on each, on a disk that they share: they draw the sample set and one run."""
+    for name in SHIPPED:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(house / name)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    machines = [
+        subprocess.Popen(
+            ["bash", str(tmp_path / "run.sh")], cwd=tmp_path, text=True, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=environment(
+                NNODES="2", NODE_RANK=node, MASTER_PORT=port, OUTPUT_DIR="run", **QUICK
+            ),
+        )
+        for node in "10"
+    ]  # fmt: skip
+    try:
+        said = [machine.communicate(timeout=300)[0] for machine in machines]
+    finally:
+        for machine in machines:
+            machine.kill()
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    assert "2 process(es) on cpu" in said[1] and "tuned" not in said[0], said
+    ours, theirs = (
+        json.loads((folder / "metrics.jsonl").read_text())
+        for folder in (tmp_path / "run", house / sample_run)
+    )
+    for part in ("train", "validation"):
+        assert ours[part] == pytest.approx(theirs[part], rel=1e-5)
+    from safetensors.torch import load_file
+
+    ours, theirs = (
+        load_file(folder / "best.safetensors") for folder in (tmp_path / "run", house / sample_run)
+    )
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+    assert sorted(path.name for path in (tmp_path / "dataset").iterdir()) == ["sample"]
 
 
 def test_a_folder_with_a_run_is_not_overwritten(house, sample_run):

@@ -23,10 +23,9 @@ from samtune.engine.trainer import Trainer, explain_out_of_memory
 from samtune.errors import UserError
 from samtune.losses import EveryAnswer, make_loss
 from samtune.machine import Stopwatch, device_name, matmul_peak, peak_memory
-from samtune.models.anatomy import checkpoint_activations
 from samtune.models.segmenter import PromptedSam
 from samtune.models.weights import find_checkpoint
-from samtune.pipeline import validation_scores
+from samtune.pipeline import to_train, validation_scores
 from samtune.random_data import random_batch
 from samtune.structures import Batch
 
@@ -99,9 +98,7 @@ def _build(config: BenchmarkConfig) -> PromptedSam:
     """The model on the CPU."""
     options, prompt, classes = config.model, config.prompts.prompt, config.benchmark.num_classes
     checkpoint = None if options.checkpoint == "auto" else find_checkpoint(options)
-    model = build_model(options, config.adapter, prompt, checkpoint, config.run.seed, classes)
-    checkpoint_activations(model.image_encoder, config.optim.activation_checkpointing)
-    return model
+    return build_model(options, config.adapter, prompt, checkpoint, config.run.seed, classes)
 
 
 def _batch(config: BenchmarkConfig, model: PromptedSam) -> Batch:
@@ -132,6 +129,7 @@ def _facts(config: BenchmarkConfig, model: PromptedSam, process: Process) -> dic
         "processes": process.world,
         "precision": resolve_precision(config.optim.precision, process.device),
         "activation_checkpointing": config.optim.activation_checkpointing,
+        "shard": config.optim.shard,
         "train": config.model.train,
         "prompt": config.prompts.prompt,
         "num_classes": config.benchmark.num_classes,
@@ -145,7 +143,7 @@ def _facts(config: BenchmarkConfig, model: PromptedSam, process: Process) -> dic
 def _time_training(config, model: PromptedSam, batch: Batch, process: Process) -> Timed:
     """Optimizer steps on the same micro-batch."""
     scorers, _ = validation_scores(config.benchmark.num_classes, config.prompts.prompt, "loss")
-    wrapped = distributed.wrap(model, process)
+    wrapped = to_train(model, config.optim, process)
     optimizer = build_optimizer(wrapped, config.optim)
     timed = config.benchmark
     trainer = Trainer(

@@ -356,6 +356,11 @@ class OptimOptions:
         "third more time; 'global': those of global attention; or a list like '2,5,8-11'; 'no'",
         alone="yes",
     )
+    shard: bool = option(
+        False,
+        "with several processes: each keeps a part of the parameters, gradients and optimizer "
+        "state instead of all (FSDP2), for sizes that do not fit on one GPU; the same numbers",
+    )
     precision: str = option(
         "auto",
         "'auto': bf16 where the GPU has it, else fp16 on a GPU, fp32 on a CPU",

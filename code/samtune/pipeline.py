@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from samtune.config import LoaderOptions, PromptOptions, ReadOptions, Size, answers_classes
+from samtune.config import (
+    LoaderOptions,
+    OptimOptions,
+    PromptOptions,
+    ReadOptions,
+    Size,
+    answers_classes,
+)
 from samtune.data.datasets import SegmentationDataset
 from samtune.data.files import Pair
 from samtune.data.loading import make_loader
@@ -18,6 +25,8 @@ from samtune.engine.logbook import Logbook
 from samtune.errors import UserError
 from samtune.metrics.classes import ClassCounts
 from samtune.metrics.region import region_scores
+from samtune.models.anatomy import attention_blocks, checkpoint_activations
+from samtune.models.segmenter import PromptedSam
 from samtune.structures import Batch
 
 
@@ -82,6 +91,16 @@ def evaluation_loader(
     dataset = SegmentationDataset(pairs, read, image_size, prompts, resolution)
     batches = eval_batches(len(pairs), loader.batch_size, process.rank, process.world)
     return make_loader(dataset, batches, loader.workers, process.device.type == "cuda")
+
+
+def to_train(model: PromptedSam, options: OptimOptions, process: Process) -> nn.Module:
+    """Collective. The model as training calls it, made ready in the one legal order.
+
+    Nothing but an optimizer may follow; evaluation goes on with the model itself.
+    """
+    checkpoint_activations(model.image_encoder, options.activation_checkpointing)
+    shard_by = attention_blocks(model.image_encoder) if options.shard else ()
+    return distributed.wrap(model, process, shard_by)
 
 
 def validation_scores(

@@ -25,10 +25,15 @@ from samtune.engine.optim import build_optimizer, build_schedule
 from samtune.engine.trainer import Trainer
 from samtune.errors import UserError
 from samtune.losses import EveryAnswer, make_loss
-from samtune.models.anatomy import checkpoint_activations
 from samtune.models.segmenter import PromptedSam
 from samtune.models.weights import find_checkpoint
-from samtune.pipeline import check_pairs, evaluation_loader, usable, validation_scores
+from samtune.pipeline import (
+    check_pairs,
+    evaluation_loader,
+    to_train,
+    usable,
+    validation_scores,
+)
 from samtune.probe import settle_batch_size
 from samtune.run_folder import RunFolder, new_name
 from samtune.sources import complete_named, said_of, scored_sets, training_pairs
@@ -44,11 +49,14 @@ def run(config: TrainConfig, resumed: RunFolder | None, process: Process) -> Tra
     on all ranks alike and before the first step; Interrupted after a signal, once `last.pt` is
     written.
     """
+    _agree_on_run(resumed)
     config = _complete(config, resumed, process)
-    with distributed.together():
-        if process.local_rank == 0:  # it may download; the others find the file
-            find_checkpoint(config.model)
-            ADAPTERS[config.model.adapter].settle(config.adapter, config.model.download)
+
+    def fetch() -> None:  # it may download; the others find the file
+        find_checkpoint(config.model)
+        ADAPTERS[config.model.adapter].settle(config.adapter, config.model.download)
+
+    distributed.once_per_machine(process, fetch)
     with distributed.together():
         config, remark = _settle(config)
         model, metadata = _build(config, resumed is not None)
@@ -100,6 +108,16 @@ def _groups(config: TrainConfig) -> list:
     return [getattr(config, f.name) for f in fields(config)]
 
 
+def _agree_on_run(resumed: RunFolder | None) -> None:
+    """Collective. Raise UserError where machines do not see the same run to go on with."""
+    seen = distributed.all_gather_objects(str(resumed.path) if resumed else "none")
+    if len(set(seen)) > 1:
+        raise UserError(
+            f"--resume: the machines find different runs ({', '.join(sorted(set(seen)))}); "
+            "--output_dir must be one folder, on a disk that all of them share"
+        )
+
+
 def _complete(config: TrainConfig, resumed: RunFolder | None, process: Process) -> TrainConfig:
     """Collective. Fill in what was left open: the run's folder, the folders of the data."""
     output_dir = str(resumed.path) if resumed else config.run.output_dir
@@ -107,9 +125,10 @@ def _complete(config: TrainConfig, resumed: RunFolder | None, process: Process) 
     run = replace(config.run, output_dir=distributed.broadcast_object(output_dir))
     with distributed.together():
         data, test, read = complete_named(config.data, config.test, config.read)
+    if not data.named:
+        distributed.once_per_machine(process, lambda: make_sample_set(SAMPLE_SET))
+    with distributed.together():
         if not data.named:
-            if process.local_rank == 0:
-                make_sample_set(SAMPLE_SET)
             data = replace(data, **_sample_folders("train"), **_sample_folders("val"))
             test = test if test.named else replace(test, **_sample_folders("test"))
         if not (data.val_image_dir or data.dataset):
@@ -185,6 +204,11 @@ def _introduce(config, model, training: int, validation: int, process, folder, l
     weights = "random, so all of SAM that the prompt reads trains (--train auto)"
     if model.load_report:
         weights = model.load_report.summary()
+    spread = ""
+    if config.optim.shard:
+        spread = (
+            ", sharded" if process.world > 1 else "; --shard has nothing to share out among one"
+        )
     sample = " (the sample set)" if config.data.train_image_dir.startswith(str(SAMPLE_SET)) else ""
     logbook.say(
         f"model: {config.model.adapter} on {config.model.model_type} at {model.image_size} px, "
@@ -193,6 +217,7 @@ def _introduce(config, model, training: int, validation: int, process, folder, l
         f"data: {training} training images in {said_of(config.data)}{sample}\n"
         f"validation: {validation} images\n"
         f"run: {config.run.output_dir}, {process.world} process(es) on {process.device.type}"
+        + spread
     )
 
 
@@ -212,8 +237,7 @@ def _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state):
     task = config.read.num_classes, config.prompts.prompt
     criterion = make_loss(config.loss, *task)
     scorers, counter = validation_scores(*task, run.best_by)
-    checkpoint_activations(model.image_encoder, options.activation_checkpointing)
-    wrapped = distributed.wrap(model, process)
+    wrapped = to_train(model, options, process)
     optimizer = build_optimizer(wrapped, options)
     schedule = build_schedule(optimizer, options, run.epoch * plan.steps_per_epoch)
     trainer = Trainer(
@@ -226,15 +250,16 @@ def _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state):
         val_pairs, config.read, config.prompts, image_size, loader, process
     )
     evaluator = Evaluator(
-        model, [criterion.scores, *scorers], process, trainer.precision, counter,
-        loader.decode_rows,
+        distributed.evaluated(wrapped), [criterion.scores, *scorers], process, trainer.precision,
+        counter, loader.decode_rows,
     )  # fmt: skip
 
     def make_batches(epoch: int, first_step: int):
         return make_loader(dataset, plan.batches(epoch, first_step), loader.workers, on_gpu)
 
     def validate() -> dict[str, float]:
-        with logbook.progress(len(val_loader), "validation") as bar:
+        progress = logbook.progress(len(val_loader), "validation")
+        with progress as bar, distributed.gathered(wrapped):
             return evaluator.run(val_loader, bar.update).scores
 
     return trainer.fit(

@@ -22,8 +22,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from samtune.engine.distributed import unwrap
+from samtune.engine.distributed import gather_tensors, shard_like, unwrap
 from samtune.errors import UserError
 from samtune.run_folder import RunFolder
 from samtune.tensor_files import existing_file, read_state_dict, read_tensors
@@ -36,13 +37,17 @@ Renames = Sequence[tuple[str, str | None]]
 
 
 class Checkpoints:
-    """The two checkpoints of one run. `metadata` describes the model and goes into each of them."""
+    """The two checkpoints of one run. `metadata` describes the model and goes into each of them.
+
+    What is written does not depend on how the model lies on the ranks: a sharded run's files serve
+    any other.
+    """
 
     def __init__(self, folder: RunFolder, metadata: Mapping[str, Any], save_pth: bool = False):
         self.folder, self.metadata, self.save_pth = folder, dict(metadata), save_pth
 
     def save_best(self, model: nn.Module, **facts) -> None:
-        """Write the adapted state; `facts` (epoch, scores) join the metadata."""
+        """Collective. Rank 0 writes the adapted state, `facts` (epoch, scores) in its metadata."""
         save_adapted(self.folder.best, model, self.metadata | facts)
         if self.save_pth:
             save_parent(self.folder.best_pth, model)
@@ -57,8 +62,10 @@ class Checkpoints:
         return state
 
 
-def adapted_state(model: nn.Module) -> dict[str, Tensor]:
+def adapted_state(model: nn.Module) -> dict[str, Tensor] | None:
     """Copies, on the CPU, of all persistent state that the model's base checkpoint does not hold.
+
+    On rank 0; None on the others. Collective if the model is sharded.
 
     A key is part of it if it is not in `model.base_keys`, or trains, or is a buffer of a module
     with trainable parameters (BatchNorm statistics go with the layer that moved them). A tensor
@@ -66,10 +73,15 @@ def adapted_state(model: nn.Module) -> dict[str, Tensor]:
     """
     model = unwrap(model)
     keys = set(_adapted_keys(model))
-    return {key: _copy(value) for key, value in model.state_dict().items() if key in keys}
+    return _gathered(model, lambda key: key in keys)
+
+
+def _gathered(model: nn.Module, wanted: Callable[[str], bool]) -> dict[str, Tensor] | None:
+    return gather_tensors({key: t for key, t in model.state_dict().items() if wanted(key)})
 
 
 def _adapted_keys(model: nn.Module) -> list[str]:
+    state = model.state_dict(keep_vars=True)  # first, as it lets a sharded model's parts be parts
     moving = set()  # ids of tensors that training changes
     for module in model.modules():
         parameters = [p for p in module.parameters(recurse=False) if p.requires_grad]
@@ -77,18 +89,20 @@ def _adapted_keys(model: nn.Module) -> list[str]:
         if parameters:
             moving.update(map(id, module.buffers(recurse=False)))
     first_name = {}
-    for key, tensor in model.state_dict(keep_vars=True).items():
+    for key, tensor in state.items():
         first_name.setdefault(id(tensor), key)
     return [key for i, key in first_name.items() if i in moving or key not in model.base_keys]
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
-
-
 def save_adapted(path: str | Path, model: nn.Module, metadata: Mapping[str, Any]) -> None:
-    """Write the adapted state as safetensors, `metadata` (JSON-able) with it, atomically."""
-    content = save(adapted_state(model), {_METADATA_KEY: json.dumps(dict(metadata))})
+    """Write the adapted state as safetensors, `metadata` (JSON-able) with it, atomically.
+
+    Rank 0 writes. Collective if the model is sharded.
+    """
+    state = adapted_state(model)
+    if state is None:
+        return
+    content = save(state, {_METADATA_KEY: json.dumps(dict(metadata))})
     write_atomically(path, lambda file: file.write(content))
 
 
@@ -167,6 +181,7 @@ def _load(model: nn.Module, path, state: Mapping[str, Tensor], exact: bool) -> l
             f"{path} does not fit this model (another adapter, base or --train?); "
             + "; ".join(said)
         )
+    state = {key: shard_like(tensor, ours[key]) for key, tensor in state.items()}
     model.load_state_dict(state, strict=False)  # every key was accounted for above
     return [key for key in ours if key in state]
 
@@ -190,15 +205,41 @@ def renamed(key: str, renames: Renames) -> str | None:
 def save_parent(path: str | Path, model: nn.Module) -> None:
     """Write the parent repository's format: a flat dict of tensors by name, without a prefix.
 
-    The adapted state and all of the mask decoder, also the heads that stayed frozen.
+    The adapted state and all of the mask decoder, also the heads that stayed frozen. Rank 0 writes.
+    Collective if the model is sharded.
     """
-    decoder = {
-        key: _copy(value)
-        for key, value in unwrap(model).state_dict().items()
-        if key.startswith("mask_decoder.")
+    model = unwrap(model)
+    adapted = set(_adapted_keys(model))
+    state = _gathered(model, lambda key: key in adapted or key.startswith("mask_decoder."))
+    if state is not None:
+        write_atomically(path, lambda file: torch.save(state, file))
+
+
+def optimizer_state(optimizer: Optimizer) -> dict[str, Any] | None:
+    """The optimizer's state dict with whole tensors on the CPU, on rank 0; None on the others.
+
+    Collective if the model is sharded.
+    """
+    state = optimizer.state_dict()
+    moments = state["state"]
+    flat = {(index, name): t for index, of in moments.items() for name, t in of.items()}
+    flat = gather_tensors(flat)
+    if flat is None:
+        return None
+    whole = {index: {name: flat[index, name] for name in of} for index, of in moments.items()}
+    return {**state, "state": whole}
+
+
+def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Take up the moments that `optimizer_state` returned, but not the options of the groups."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    groups = zip(optimizer.param_groups, state["param_groups"], strict=True)
+    moments = {
+        index: {name: shard_like(tensor, parameters[index]) for name, tensor in of.items()}
+        for index, of in state["state"].items()
     }
-    state = decoder | adapted_state(model)
-    write_atomically(path, lambda file: torch.save(state, file))
+    groups = [{**now, "params": saved["params"]} for now, saved in groups]
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
 
 def save_run_state(path: str | Path, state: Mapping[str, Any]) -> None:

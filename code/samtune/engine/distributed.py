@@ -9,11 +9,13 @@ Every function called *collective* must be reached by all ranks, in the same ord
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 import signal
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -166,17 +168,34 @@ def together() -> Iterator[None]:
     agree(error)
 
 
-def wrap(model: nn.Module, process: Process) -> nn.Module:
-    """Collective. The model on its device and in DDP; the model itself where there is one process.
+def once_per_machine(process: Process, prepare: Callable[[], object]) -> None:
+    """Collective. Let rank 0 make files, then one rank of each machine: it finds them in a folder
+    that machines share, or makes its own. A UserError is raised on all ranks."""
+    for mine in (process.is_main, process.local_rank == 0):
+        with together():
+            if mine:
+                prepare()
+
+
+def wrap(model: nn.Module, process: Process, shard_by: Sequence[nn.Module] = ()) -> nn.Module:
+    """Collective. The model on its device, in DDP or sharded; as it is where there is one process.
 
     The one legal order: built, loaded and frozen on the CPU -> this function (device, synchronised
-    BatchNorm, DDP) -> optimizer. Training must call what is returned: DDP averages gradients only
-    if its own forward ran.
+    BatchNorm, DDP or shards) -> optimizer. Training must call what is returned: gradients are
+    averaged only if its own forward ran.
+
+    shard_by: parts of the model that are whole in turn, the rest being one part more; none: DDP.
+    Raises UserError if this torch cannot shard.
     """
     model = model.to(process.device)
     if process.world == 1:
         return model
     synchronise_batch_norm(model, process.device)
+    if shard_by:
+        return _shard(model, shard_by, process)
+    # static_graph=True would bring nothing here: it spares the search for unused parameters, which
+    # is off, and buckets are rebuilt in the order of the gradients without it too. It would forbid
+    # what differs from step to step (mixed prompts, the number of micro-batches in the last one).
     wrapped = DistributedDataParallel(
         model,
         device_ids=[process.device] if process.device.type == "cuda" else None,
@@ -190,7 +209,10 @@ def wrap(model: nn.Module, process: Process) -> nn.Module:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DDP: for saving and evaluation, never for training."""
+    """The model inside DDP: for saving and evaluation, never for training.
+
+    A sharded model is sharded in place, so it is its own inside.
+    """
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
@@ -198,7 +220,116 @@ def no_sync(model: nn.Module, active: bool) -> AbstractContextManager:
     """Forward and backward passes inside leave the gradients unaveraged if `active`."""
     if active and isinstance(model, DistributedDataParallel):
         return model.no_sync()
+    if active and is_sharded(model):
+        return _whole_gradients(model)
     return nullcontext()
+
+
+# FSDP2. Its classes are told by what they can do: to import them takes seconds, which a run
+# without shards need not spend.
+
+
+def _shard(model: nn.Module, units: Sequence[nn.Module], process: Process) -> nn.Module:
+    """The model, changed in place: each rank keeps its part of each parameter, and of all that
+    belongs to it (gradient, optimizer state). A unit is whole only while it computes.
+
+    Parameters stay float32 and precision is autocast's affair, as in DDP: FSDP's own policy hands
+    bf16 parameters to every part, also to those that must compute in float32 (prompts, norms).
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    if process.device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+        raise UserError(f"--shard without a GPU needs torch 2.7 or newer, not {torch.__version__}")
+    tensors = [*model.parameters(), *model.buffers()]
+    for tensor in tensors:  # as DDP does: all start from rank 0's
+        dist.broadcast(tensor.detach(), 0)
+    plain = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    # A true warning that concerns nobody here: what a part returns is not changed in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    mesh = init_device_mesh(process.device.type, (process.world,))
+    for module in (*units, model):
+        fully_shard(module, mesh=mesh)
+    _empty(plain)
+    model.plain = lambda: plain  # as a plain attribute it would be a part of the model
+    return model
+
+
+def _empty(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.new_empty(0)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether `wrap` sharded the model."""
+    return hasattr(module, "set_requires_gradient_sync")
+
+
+@contextmanager
+def _whole_gradients(model: nn.Module) -> Iterator[None]:
+    """Inside, each rank adds up gradients of its own, unsharded: memory for speed, as in DDP."""
+    model.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        model.set_requires_gradient_sync(True)
+
+
+def evaluated(model: nn.Module) -> nn.Module:
+    """The module that evaluation calls, inside `gathered`: one without DDP and without shards."""
+    return model.plain() if is_sharded(model) else unwrap(model)
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Collective. Inside, every rank's `evaluated(model)` has all parameters of a sharded model.
+
+    It computes without the others, so that a rank may have a batch more than another. Where nothing
+    is sharded, nothing happens.
+    """
+    if not is_sharded(model):
+        yield
+        return
+    plain = model.plain()
+    for mine, theirs in zip(plain.parameters(), model.parameters(), strict=True):
+        mine.data = whole(theirs.detach())
+    for mine, theirs in zip(plain.modules(), model.modules(), strict=True):
+        mine._buffers = theirs._buffers
+    try:
+        yield
+    finally:
+        _empty(plain)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Collective for a sharded tensor: all of it, on every rank. Others stay as they are."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def gather_tensors(tensors: Mapping[Hashable, Tensor]) -> dict[Hashable, Tensor] | None:
+    """Copies on the CPU, whole, on rank 0; None on the others. Collective if any is sharded."""
+    is_main = not dist.is_initialized() or dist.get_rank() == 0
+    copies = {}
+    for name, tensor in tensors.items():  # one at a time: no rank's device holds them all
+        tensor = whole(tensor.detach())
+        if is_main:
+            copies[name] = tensor.to("cpu", copy=True).contiguous()
+    return copies if is_main else None
+
+
+def shard_like(tensor: Tensor, ours: Tensor) -> Tensor:
+    """This rank's part of a whole `tensor`, as `ours` of the same shape is sharded; else all."""
+    if not hasattr(ours, "full_tensor") or tensor.shape != ours.shape:
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    mesh, rank = ours.device_mesh, ours.device_mesh.get_local_rank()
+    parts = tensor.chunk(mesh.size())  # as FSDP deals rows; the last ranks may get none
+    part = parts[rank] if rank < len(parts) else tensor[:0]
+    return DTensor.from_local(
+        part.to(ours.device), mesh, ours.placements, run_check=False, shape=tensor.shape,
+        stride=tensor.stride(),
+    )  # fmt: skip
 
 
 def synchronise_batch_norm(model: nn.Module, device: torch.device) -> None:
