@@ -146,7 +146,7 @@ def compare(argv: list[str]) -> None:
         if data.named and not (data.dataset or test.named or test.test_slice):
             raise UserError(
                 "there is nothing to compare scores on: set --test_image_dir and --test_mask_dir, "
-                "--test_list, --test_slice or --test_datasets"
+                "--test_list, --test_shards, --test_slice or --test_datasets"
             )
     print(run(given.adapters.split(","), given.output_dir, rest))
 

@@ -179,6 +179,13 @@ class TrainDataOptions:
         "--train_image_dir and --train_mask_dir, or where those are empty to the file's folder",
     )
     val_list: str = option("", "the same for validation")
+    train_shards: str = option(
+        "",
+        "tar files instead of folders, as webdataset writes them (KEY.jpg beside KEY.mask.png or "
+        "KEY.seg.png): 'data/train-{000..009}.tar', 'a.tar,b.tar', 'data/*.tar' or any URL that "
+        "fsspec opens",
+    )
+    val_shards: str = option("", "the same for validation")
     dataset: str = option(
         "",
         "a named data set instead of folders, or several joined by '+': camvid, camvid_colour, "
@@ -210,7 +217,7 @@ class TrainDataOptions:
     @property
     def named(self) -> bool:
         """Whether there is anything to train on but the sample set."""
-        return bool(self.train_image_dir or self.train_list or self.dataset)
+        return bool(self.train_image_dir or self.train_list or self.train_shards or self.dataset)
 
 
 @dataclass(frozen=True)
@@ -221,17 +228,18 @@ class TestDataOptions:
     test_mask_dir: str = option("", "their masks")
     test_slice: str = option("", "START:STOP of the test pairs in sorted order; empty: all")
     test_list: str = option("", "file with an image and its mask per line, as --train_list")
+    test_shards: str = option("", "tar files instead of folders, as --train_shards")
     test_datasets: str = option(
         "",
-        "named data sets with commas between, each scored apart; empty: no folders and no list "
-        "either, the test split of --dataset",
+        "named data sets with commas between, each scored apart; empty: no folders, list or "
+        "shards either, the test split of --dataset",
     )
     test_data_root: str = option("", "folder that holds them; empty: that of --data_root")
 
     @property
     def named(self) -> bool:
         """Whether there is anything to score."""
-        return bool(self.test_image_dir or self.test_list or self.test_datasets)
+        return bool(self.test_image_dir or self.test_list or self.test_shards or self.test_datasets)
 
 
 @dataclass(frozen=True)
@@ -485,7 +493,7 @@ def answers_classes(num_classes: int, prompt: str) -> bool:
 FREE_ON_RESUME = {
     "epoch", "patience", "workers", "timeout", "save_pth", "wandb", "wandb_mode", "project_name",
     "resume", "test_image_dir", "test_mask_dir", "test_slice", "test_list",
-    "test_datasets", "test_data_root",
+    "test_shards", "test_datasets", "test_data_root",
 }  # fmt: skip
 
 # Flags of the parent repository that torchrun has made needless: accepted, and said so.
