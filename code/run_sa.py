@@ -34,6 +34,7 @@ VERBS = {
     "import": "turn a published checkpoint, or the parent's, into a run",
     "merge": "fold a trained adapter into a stock SAM's weights, where that is possible",
     "compare": "train several adapters under one budget, with the flags of train",
+    "shards": "pack folders of images and masks into tar files",
     "benchmark": "time training steps on random data; the last line is JSON",
     "adapters": "print what each adapter does, takes, trains and costs, as Markdown",
 }
@@ -151,6 +152,15 @@ def compare(argv: list[str]) -> None:
     print(run(given.adapters.split(","), given.output_dir, rest))
 
 
+def shards(argv: list[str]) -> None:
+    """Folders into tar files."""
+    groups = [c.ShardsOptions, c.NameOptions]
+    parsed = flags.parse("run_sa.py shards", VERBS["shards"], groups, argv)
+    from samtune.sharding import run
+
+    run(*parsed.instances)
+
+
 def benchmark(argv: list[str]) -> None:
     """Time training steps."""
     config, _ = read(c.BenchmarkConfig, "benchmark", argv)
@@ -253,6 +263,7 @@ RUN = {
     "import": import_,
     "merge": merge,
     "compare": compare,
+    "shards": shards,
     "benchmark": benchmark,
     "adapters": adapters,
 }

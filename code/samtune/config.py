@@ -95,13 +95,19 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
-class ReadOptions:
-    """How image and mask files are read"""
+class NameOptions:
+    """How image and mask files are named"""
 
     image_prefix: str = option("", "start of image file names that is not part of the pairing key")
     image_suffix: str = option("", "end of image file names (before the extension) likewise")
     mask_prefix: str = option("", "start of mask file names that is not part of the pairing key")
     mask_suffix: str = option("", "end of mask file names (before the extension) likewise")
+
+
+@dataclass(frozen=True)
+class ReadOptions(NameOptions):
+    """How image and mask files are read"""
+
     mask_coding: str = option(
         "auto",
         "how mask values are read: 'auto': one object (0 and 1, 0 and 255, --mask_threshold), or "
@@ -417,6 +423,18 @@ class MergeOptions:
     run_dir: str = option("", "the run's folder, or its file; empty: the newest in checkpoints/")
     checkpoint: str = option("", "SAM's weights, if they moved since training")
     output: str = option("", "the .pth to write; empty: merged.pth in the run's folder")
+
+
+@dataclass(frozen=True)
+class ShardsOptions:
+    """What is packed"""
+
+    image_dir: str = option("", "images")
+    mask_dir: str = option("", "their masks")
+    list: str = option("", "file with an image and its mask per line, as --train_list")
+    output_dir: str = option("", "folder for the shards")
+    name: str = option("train", "start of their names: NAME-000000.tar, ...")
+    pairs_per_shard: int = option(1000, "images with their masks in one shard; the last has fewer")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from samtune.config import ReadOptions
+from samtune.config import NameOptions
 from samtune.data.arrays import ArraySlice
 from samtune.data.tar_files import TarMember
 from samtune.errors import UserError
@@ -51,7 +51,7 @@ class Affixes(NamedTuple):
 
 
 def find_pairs(
-    image_dir: str | Path, mask_dir: str | Path, read: ReadOptions, flags: tuple[str, str]
+    image_dir: str | Path, mask_dir: str | Path, read: NameOptions, flags: tuple[str, str]
 ) -> list[Pair]:
     """Every image of a folder with its mask, in natural order of their ids (2 before 10).
 
