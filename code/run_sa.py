@@ -36,6 +36,7 @@ VERBS = {
     "import": "turn a published checkpoint, or the parent's, into a run",
     "merge": "fold a trained adapter into a stock SAM's weights, where that is possible",
     "compare": "train several adapters under one budget, with the flags of train",
+    "shards": "pack folders of images and masks into tar files",
     "benchmark": "time training steps or scoring on random data, or find the largest batch that "
     "fits; the last line is JSON",
     "adapters": "print what each adapter does, takes, trains and costs, as Markdown",
@@ -152,9 +153,18 @@ def compare(argv: list[str]) -> None:
         if data.named and not (data.dataset or test.named or test.test_slice):
             raise UserError(
                 "there is nothing to compare scores on: set --test_image_dir and --test_mask_dir, "
-                "--test_list, --test_slice or --test_datasets"
+                "--test_list, --test_shards, --test_slice or --test_datasets"
             )
     print(run(given.adapters.split(","), given.output_dir, rest))
+
+
+def shards(argv: list[str]) -> None:
+    """Folders into tar files."""
+    groups = [c.ShardsOptions, c.NameOptions]
+    parsed = flags.parse("run_sa.py shards", VERBS["shards"], groups, argv)
+    from samtune.sharding import run
+
+    run(*parsed.instances)
 
 
 def benchmark(argv: list[str]) -> None:
@@ -259,6 +269,7 @@ RUN = {
     "import": import_,
     "merge": merge,
     "compare": compare,
+    "shards": shards,
     "benchmark": benchmark,
     "adapters": adapters,
 }

@@ -9,7 +9,10 @@ CODE = Path(__file__).resolve().parents[1] / "code"
 PACKAGE = CODE / "samtune"
 GROUND = {"errors", "structures", "config", "flags", "run_folder", "tensor_files", "threads"}
 WINGS = {"models", "data", "metrics", "losses", "engine"}
-VERBS = {"train", "evaluate", "importing", "merging", "compare", "benchmark", "adapter_table"}
+VERBS = {
+    "train", "evaluate", "importing", "merging", "compare", "benchmark", "adapter_table",
+    "sharding",
+}  # fmt: skip
 # Composition that verbs share. It imports the wings and is imported by verbs only.
 COMPOSED = {
     "pipeline", "trained", "pictures", "gallery", "complexity", "sources", "answers", "judging",

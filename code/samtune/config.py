@@ -123,13 +123,19 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
-class ReadOptions:
-    """How image and mask files are read"""
+class NameOptions:
+    """How image and mask files are named"""
 
     image_prefix: str = option("", "start of image file names that is not part of the pairing key")
     image_suffix: str = option("", "end of image file names (before the extension) likewise")
     mask_prefix: str = option("", "start of mask file names that is not part of the pairing key")
     mask_suffix: str = option("", "end of mask file names (before the extension) likewise")
+
+
+@dataclass(frozen=True)
+class ReadOptions(NameOptions):
+    """How image and mask files are read"""
+
     mask_coding: str = option(
         "auto",
         "how mask values are read: 'auto': one object (0 and 1, 0 and 255, --mask_threshold), or "
@@ -207,6 +213,13 @@ class TrainDataOptions:
         "--train_image_dir and --train_mask_dir, or where those are empty to the file's folder",
     )
     val_list: str = option("", "the same for validation")
+    train_shards: str = option(
+        "",
+        "tar files instead of folders, as webdataset writes them (KEY.jpg beside KEY.mask.png or "
+        "KEY.seg.png): 'data/train-{000..009}.tar', 'a.tar,b.tar', 'data/*.tar' or any URL that "
+        "fsspec opens",
+    )
+    val_shards: str = option("", "the same for validation")
     dataset: str = option(
         "",
         "a named data set instead of folders, or several joined by '+': camvid, camvid_colour, "
@@ -238,7 +251,7 @@ class TrainDataOptions:
     @property
     def named(self) -> bool:
         """Whether there is anything to train on but the sample set."""
-        return bool(self.train_image_dir or self.train_list or self.dataset)
+        return bool(self.train_image_dir or self.train_list or self.train_shards or self.dataset)
 
 
 @dataclass(frozen=True)
@@ -249,17 +262,18 @@ class TestDataOptions:
     test_mask_dir: str = option("", "their masks")
     test_slice: str = option("", "START:STOP of the test pairs in sorted order; empty: all")
     test_list: str = option("", "file with an image and its mask per line, as --train_list")
+    test_shards: str = option("", "tar files instead of folders, as --train_shards")
     test_datasets: str = option(
         "",
-        "named data sets with commas between, each scored apart; empty: no folders and no list "
-        "either, the test split of --dataset",
+        "named data sets with commas between, each scored apart; empty: no folders, list or "
+        "shards either, the test split of --dataset",
     )
     test_data_root: str = option("", "folder that holds them; empty: that of --data_root")
 
     @property
     def named(self) -> bool:
         """Whether there is anything to score."""
-        return bool(self.test_image_dir or self.test_list or self.test_datasets)
+        return bool(self.test_image_dir or self.test_list or self.test_shards or self.test_datasets)
 
 
 @dataclass(frozen=True)
@@ -455,6 +469,18 @@ class MergeOptions:
 
 
 @dataclass(frozen=True)
+class ShardsOptions:
+    """What is packed"""
+
+    image_dir: str = option("", "images")
+    mask_dir: str = option("", "their masks")
+    list: str = option("", "file with an image and its mask per line, as --train_list")
+    output_dir: str = option("", "folder for the shards")
+    name: str = option("train", "start of their names: NAME-000000.tar, ...")
+    pairs_per_shard: int = option(1000, "images with their masks in one shard; the last has fewer")
+
+
+@dataclass(frozen=True)
 class BenchmarkOptions:
     """Benchmark"""
 
@@ -548,7 +574,7 @@ def answers_classes(num_classes: int, prompt: str) -> bool:
 FREE_ON_RESUME = {
     "epoch", "patience", "workers", "timeout", "save_pth", "wandb", "wandb_mode", "project_name",
     "resume", "test_image_dir", "test_mask_dir", "test_slice", "test_list",
-    "test_datasets", "test_data_root",
+    "test_shards", "test_datasets", "test_data_root",
 }  # fmt: skip
 
 # Flags of the parent repository that torchrun has made needless: accepted, and said so.

@@ -36,7 +36,7 @@ from samtune.metrics.protocols import PROTOCOLS, choose
 from samtune.metrics.scoring import OWN_COLUMNS
 from samtune.pipeline import check_pairs, usable
 from samtune.run_folder import RunFolder, newest
-from samtune.sources import scored_sets
+from samtune.sources import look_into_shards, scored_sets
 from samtune.tensor_files import file_sha256
 from samtune.trained import load_trained, load_untuned, options_of, trained_file
 
@@ -56,8 +56,10 @@ def run(config: EvaluateConfig, process: Process) -> dict:
         metadata = read_metadata(file)
         test, read, prompts = _inherit(config, metadata)
         folder = RunFolder(wanted.output_dir or file.parent)
+    indexes = look_into_shards(process, test)
+    with distributed.together():
         own = metadata["config"].get("dataset", "").split("+")
-        sets = scored_sets(test, read, own, config.given)
+        sets = scored_sets(test, read, own, config.given, indexes)
         first = next(iter(prompts.values()))
         protocol, *_ = [_protocol(wanted, one.name, one.read, first) for one in sets]
     if len(sets) > 1:
@@ -107,6 +109,7 @@ def run(config: EvaluateConfig, process: Process) -> dict:
         "test_dataset": dataset,
         "test_image_dir": test.test_image_dir,
         "test_list": test.test_list,
+        "test_shards": test.test_shards,
         "test_slice": test.test_slice,
     }
     text = json.dumps(scores, indent=2)
@@ -142,15 +145,15 @@ def _inherit(
         return replace(options_of(metadata, group), **said)
 
     test = merge(TestDataOptions)
-    sources = {"test_image_dir", "test_list", "test_datasets"}
+    sources = {"test_image_dir", "test_list", "test_shards", "test_datasets"}
     if said := {name for name in sources if config.given.get(name)}:  # instead of the run's own
         test = replace(test, **dict.fromkeys(sources - said, ""))
-        if "test_datasets" in said:
+        if said & {"test_datasets", "test_shards"}:
             test = replace(test, test_mask_dir="")
     if not test.named:
         raise UserError("the run knows no test data: set --test_image_dir and --test_mask_dir "
-                        "(TEST_IMAGE_DIR and TEST_MASK_DIR in eval.sh), --test_list or "
-                        "--test_datasets")  # fmt: skip
+                        "(TEST_IMAGE_DIR and TEST_MASK_DIR in eval.sh), --test_list, "
+                        "--test_shards or --test_datasets")  # fmt: skip
     own = merge(PromptOptions)
     read = settle_objects(merge(ReadOptions), options_of(metadata, PromptOptions))
     prompts = prompts_to_score(config.evaluate.prompts, own) or {own.prompt: own}

@@ -1,9 +1,9 @@
-"""Which pictures a run trains on, validates on and is scored on: folders, lists or data sets."""
+"""Which pictures a run trains on, validates on and is scored on: files, shards or data sets."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import NamedTuple
 
 from samtune.config import ReadOptions, TestDataOptions, TrainDataOptions
@@ -20,12 +20,19 @@ from samtune.data.coco import find_described
 from samtune.data.files import Pair, find_pairs, select
 from samtune.data.lists import listed_pairs
 from samtune.data.samples import is_annotations
+from samtune.data.shards import index_shards, named_shards, shard_pairs
+from samtune.data.tar_files import ShardIndex
+from samtune.engine import distributed
+from samtune.engine.distributed import Process
 from samtune.errors import UserError
 
-_FILES = ("image_dir", "mask_dir", "list")
+_FILES = ("image_dir", "mask_dir", "list", "shards")
 # A test set is fitted as the training images were, and the same is asked about it.
 _KEPT = ("resize", "objects", "background", "ask_classes", "min_area")
 _KEPT_OF_OWN = ("mask_threshold", "foreground", "intensity_range")
+
+
+Indexes = dict[str, list[ShardIndex]]  # by the flag that names the shards
 
 
 class ScoredSet(NamedTuple):
@@ -63,8 +70,35 @@ def complete_named(
     return data, test, read
 
 
-def training_pairs(data: TrainDataOptions, read: ReadOptions) -> tuple[list[Pair], list[Pair]]:
-    """The pairs to train on and those to validate on. Raises UserError if they share an image."""
+def look_into_shards(process: Process, *groups: TrainDataOptions | TestDataOptions) -> Indexes:
+    """Collective. What lies in the shards that options name, by flag.
+
+    Rank 0 says which shards there are; then each rank indexes its share. Raises UserError on all
+    ranks alike.
+    """
+    flags = {f.name: getattr(group, f.name) for group in groups for f in fields(group)}
+    texts = {f"--{name}": text for name, text in flags.items() if name.endswith("_shards") and text}
+    if not texts:
+        return {}
+    with distributed.together():
+        named = {flag: named_shards(text, flag) for flag, text in texts.items() if process.is_main}
+    named = distributed.broadcast_object(named)
+    places = list(dict.fromkeys(place for part in named.values() for place in part))
+    mine = places[process.rank :: process.world]
+    with distributed.together():
+        found = dict(zip(mine, index_shards(mine), strict=True))
+    for part in distributed.all_gather_objects(found):
+        found |= part
+    return {flag: [found[place] for place in part] for flag, part in named.items()}
+
+
+def training_pairs(
+    data: TrainDataOptions, read: ReadOptions, indexes: Indexes | None = None
+) -> tuple[list[Pair], list[Pair]]:
+    """The pairs to train on and those to validate on. Raises UserError if they share an image.
+
+    indexes: of `look_into_shards`; without them this process looks by itself.
+    """
     if data.dataset:
         names = names_in(data.dataset, "+", "--dataset")
         train, val = (
@@ -73,7 +107,7 @@ def training_pairs(data: TrainDataOptions, read: ReadOptions) -> tuple[list[Pair
         train = select(train, data.train_slice, "--train_slice")
         val = select(val, data.val_slice, "--val_slice")
     else:
-        train, val = (_of_files(split, data, read) for split in ("train", "val"))
+        train, val = (_of_files(split, data, read, indexes) for split in ("train", "val"))
     twice = {pair.image_path for pair in train} & {pair.image_path for pair in val}
     if twice:
         raise UserError(
@@ -89,16 +123,17 @@ def scored_set(
     read: ReadOptions,
     own: Collection[str] = (),
     said: dict | None = None,
+    indexes: Indexes | None = None,
 ) -> ScoredSet:
-    """The pictures of one test set: of folders, of a list, or of the one data set that is named.
+    """The pictures of one test set: of folders, a list, shards, or the one data set that is named.
 
-    read: how the run's files are read; folders and lists are read like this. A data set is read as
+    read: how the run's files are read; what has no name is read like this. A data set is read as
     its row says and as flags say (`said`, by name); one that the run was trained on (`own`) keeps a
-    threshold and a range of the run's.
+    threshold and a range of the run's. indexes: as `training_pairs` takes them.
     Raises UserError if there is nothing, or if it has other classes than the run.
     """
     if not test.test_datasets:
-        return ScoredSet("", _of_files("test", test, read), read)
+        return ScoredSet("", _of_files("test", test, read, indexes), read)
     (name,) = _tested(test)
     kept = _KEPT + (_KEPT_OF_OWN if name in own else ())
     base = {key: getattr(read, key) for key in kept}
@@ -118,16 +153,19 @@ def scored_sets(
     read: ReadOptions,
     own: Collection[str] = (),
     said: dict | None = None,
+    indexes: Indexes | None = None,
 ) -> list[ScoredSet]:
-    """Every test set that is named, or the one of folders or a list; see `scored_set`."""
-    names = _tested(test) or [""]
-    return [scored_set(replace(test, test_datasets=name), read, own, said) for name in names]
+    """Every test set that is named, or the one of folders, a list or shards; see `scored_set`."""
+    return [
+        scored_set(replace(test, test_datasets=name), read, own, said, indexes)
+        for name in _tested(test) or [""]
+    ]
 
 
 def said_of(data: TrainDataOptions) -> str:
     """Where the training data is from, for people; of data sets also what their splits are."""
     if not data.dataset:
-        return data.train_list or data.train_image_dir
+        return data.train_shards or data.train_list or data.train_image_dir
     names = names_in(data.dataset, "+", "--dataset")
     rows = "".join(f"\n  {DATASETS[name].title}: {DATASETS[name].splits}" for name in names)
     return f"{data.dataset} ({data.data_root}){rows}"
@@ -143,18 +181,37 @@ def _tested(test: TestDataOptions) -> list[str]:
     return names_in(test.test_datasets, ",", "--test_datasets")
 
 
-def _of_files(split: str, data: TrainDataOptions | TestDataOptions, read: ReadOptions):
-    """The pairs of one split's folders or list; its name is that of the flags."""
-    image_dir, mask_dir, listed = (getattr(data, f"{split}_{kind}") for kind in _FILES)
-    if listed:
+def _of_files(
+    split: str,
+    data: TrainDataOptions | TestDataOptions,
+    read: ReadOptions,
+    indexes: Indexes | None = None,
+) -> list[Pair]:
+    """The pairs of one split's folders, list or shards; its name is that of the flags."""
+    image_dir, mask_dir, listed, shards = (getattr(data, f"{split}_{kind}") for kind in _FILES)
+    flags = (f"--{split}_image_dir", f"--{split}_mask_dir")
+    if shards:
+        pairs = _of_shards(split, data, read, indexes or {})
+    elif listed:
         pairs = listed_pairs(listed, image_dir, mask_dir, f"--{split}_list")
     else:
-        for kind, folder in (("image", image_dir), ("mask", mask_dir)):
+        for flag, folder in zip(flags, (image_dir, mask_dir), strict=True):
             if not folder:
-                raise UserError(f"--{split}_{kind}_dir is not set")
-        flags = (f"--{split}_image_dir", f"--{split}_mask_dir")
+                raise UserError(f"{flag} is not set")
         if is_annotations(mask_dir):
             pairs = find_described(image_dir, mask_dir, flags[0])
-            return select(pairs, getattr(data, f"{split}_slice"), f"--{split}_slice")
-        pairs = find_pairs(image_dir, mask_dir, read, flags)
+        else:
+            pairs = find_pairs(image_dir, mask_dir, read, flags)
     return select(pairs, getattr(data, f"{split}_slice"), f"--{split}_slice")
+
+
+def _of_shards(split: str, data, read: ReadOptions, indexes: Indexes) -> list[Pair]:
+    """The pairs of one split's shards."""
+    flag = f"--{split}_shards"
+    for kind in _FILES:
+        if kind != "shards" and getattr(data, f"{split}_{kind}"):
+            raise UserError(f"{flag} and --{split}_{kind} both say where files lie; keep one")
+    found = indexes.get(flag)
+    if found is None:
+        found = index_shards(named_shards(getattr(data, f"{split}_shards"), flag))
+    return shard_pairs(found, read, flag)

@@ -36,7 +36,13 @@ from samtune.pipeline import (
 )
 from samtune.probe import settle_batch_size
 from samtune.run_folder import RunFolder, new_name
-from samtune.sources import complete_named, said_of, scored_sets, training_pairs
+from samtune.sources import (
+    complete_named,
+    look_into_shards,
+    said_of,
+    scored_sets,
+    training_pairs,
+)
 from samtune.trained import describe
 
 SAMPLE_SET = Path("dataset/sample")
@@ -57,12 +63,14 @@ def run(config: TrainConfig, resumed: RunFolder | None, process: Process) -> Tra
         ADAPTERS[config.model.adapter].settle(config.adapter, config.model.download)
 
     distributed.once_per_machine(process, fetch)
+    indexes = look_into_shards(process, config.data, config.test)
     with distributed.together():
         config, remark = _settle(config)
         model, metadata = _build(config, resumed is not None)
-        train_pairs, val_pairs = training_pairs(config.data, config.read)
+        train_pairs, val_pairs = training_pairs(config.data, config.read, indexes)
         if config.test.named:  # what cannot be scored is said now, not after hours of training
-            scored_sets(config.test, config.read, config.data.dataset.split("+"))
+            own = config.data.dataset.split("+")
+            scored_sets(config.test, config.read, own, indexes=indexes)
     folder = RunFolder(config.run.output_dir)
     saved = Checkpoints(folder, metadata, config.run.save_pth)
     with distributed.together():
@@ -131,20 +139,21 @@ def _complete(config: TrainConfig, resumed: RunFolder | None, process: Process) 
         if not data.named:
             data = replace(data, **_sample_folders("train"), **_sample_folders("val"))
             test = test if test.named else replace(test, **_sample_folders("test"))
-        if not (data.val_image_dir or data.dataset):
+        if not (data.val_image_dir or data.val_shards or data.dataset):
             if not (data.val_slice or data.val_list):
                 raise UserError(
                     "there is nothing to validate on: set --val_image_dir and --val_mask_dir, or "
-                    "take a part of the training folders by --train_slice :80 --val_slice 80:"
+                    "take a part of the training data by --train_slice :80 --val_slice 80:"
                 )
             data = replace(
                 data, val_image_dir=data.train_image_dir, val_mask_dir=data.train_mask_dir,
                 val_list=data.val_list or data.train_list,
+                val_shards="" if data.val_list else data.train_shards,
             )  # fmt: skip
         if test.test_slice and not test.named:
             test = replace(
                 test, test_image_dir=data.train_image_dir, test_mask_dir=data.train_mask_dir,
-                test_list=data.train_list,
+                test_list=data.train_list, test_shards=data.train_shards,
             )  # fmt: skip
     return replace(config, data=data, test=test, read=read, run=run)
 

@@ -7,6 +7,7 @@ reads those.
 
 from __future__ import annotations
 
+import io
 import struct
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from samtune.data.arrays import ArraySlice, read_slice
+from samtune.data.tar_files import TarMember, read_bytes
 from samtune.errors import UserError
 
 _ORIENTATION = 0x0112  # the EXIF and TIFF tag that says how a picture is to be turned
@@ -35,7 +37,7 @@ class Decoded(NamedTuple):
     turned: bool
 
 
-def decode(path: str | Path | ArraySlice, palette_indices: bool = False) -> Decoded:
+def decode(path: str | Path | ArraySlice | TarMember, palette_indices: bool = False) -> Decoded:
     """Decode a file as it is, turned upright if it carries an orientation tag.
 
     palette_indices: a palette file gives its indices instead of its colours. Raises UserError for a
@@ -44,7 +46,8 @@ def decode(path: str | Path | ArraySlice, palette_indices: bool = False) -> Deco
     if isinstance(path, ArraySlice):
         return Decoded(read_slice(path), lossy=False, turned=False)
     try:
-        with Image.open(path) as picture:
+        source = io.BytesIO(read_bytes(path)) if isinstance(path, TarMember) else path
+        with Image.open(source) as picture:
             return _decode(picture, path, palette_indices)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
@@ -63,7 +66,7 @@ def decode(path: str | Path | ArraySlice, palette_indices: bool = False) -> Deco
         raise UserError(f"{path}: truncated or damaged ({error}); replace or remove it") from None
 
 
-def _decode(picture: Image.Image, path: str | Path, palette_indices: bool) -> Decoded:
+def _decode(picture: Image.Image, path: str | Path | TarMember, palette_indices: bool) -> Decoded:
     lossy = picture.format in ("JPEG", "MPO")
     # A phone's JPEG (MPO) has its preview as a second picture: only the first is meant.
     if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":
@@ -86,9 +89,9 @@ def _decode(picture: Image.Image, path: str | Path, palette_indices: bool) -> De
     return Decoded(_turn(array.astype(array.dtype.newbyteorder("=")), orientation), lossy, turned)
 
 
-def _bytes(path: str | Path) -> np.ndarray:
+def _bytes(path: str | Path | TarMember) -> np.ndarray:
     # imdecode instead of imread: it ignores no orientation tag on its own, and any path works
-    return np.frombuffer(Path(path).read_bytes() or b"\0", np.uint8)
+    return np.frombuffer(read_bytes(path) or b"\0", np.uint8)
 
 
 def _to_rgb_order(array: np.ndarray) -> np.ndarray:

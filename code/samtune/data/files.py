@@ -11,8 +11,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from samtune.config import ReadOptions
+from samtune.config import NameOptions
 from samtune.data.arrays import ArraySlice
+from samtune.data.tar_files import TarMember
 from samtune.errors import UserError
 
 # What may hold a picture. The name only selects files; the content says how one is decoded.
@@ -24,15 +25,15 @@ _log = logging.getLogger("samtune")
 
 
 class Pair(NamedTuple):
-    """An image and its mask: files, or slices of files of arrays.
+    """An image and its mask: files, slices of files of arrays, or members of tar files.
 
     id: the part of the names that they share. group: what neighbours that look alike have in common
     (a sequence, a volume, a scene); "" where every picture stands for itself.
     """
 
     id: str
-    image_path: Path | ArraySlice
-    mask_path: Path | ArraySlice
+    image_path: Path | ArraySlice | TarMember
+    mask_path: Path | ArraySlice | TarMember
     group: str = ""
 
 
@@ -50,7 +51,7 @@ class Affixes(NamedTuple):
 
 
 def find_pairs(
-    image_dir: str | Path, mask_dir: str | Path, read: ReadOptions, flags: tuple[str, str]
+    image_dir: str | Path, mask_dir: str | Path, read: NameOptions, flags: tuple[str, str]
 ) -> list[Pair]:
     """Every image of a folder with its mask, in natural order of their ids (2 before 10).
 
@@ -71,15 +72,23 @@ def find_pairs(
     if not any((*of_image, *of_mask)) and not _stems(images) & _stems(masks):
         found = _discover(_stems(images), _stems(masks))
         of_image, of_mask = found or (of_image, of_mask)
-    image_of = _by_key(images, of_image, flags[0])
-    mask_of = _by_key(masks, of_mask, flags[1])
-    _refuse_one_sided(image_of, mask_of, flags)
+    pairs = pair_up(images, masks, of_image, of_mask, flags)
     if found:
         _log.info(
             "%s: %sKEY%s is paired with %sKEY%s; --image_prefix, --image_suffix, --mask_prefix and "
             "--mask_suffix say otherwise",
             flags[0], *of_image, *of_mask,
         )  # fmt: skip
+    return pairs
+
+
+def pair_up(
+    images: list[Path], masks: list[Path], of_image: Affixes, of_mask: Affixes, flags
+) -> list[Pair]:
+    """Images and masks by their keys, in natural order. Raises UserError as `find_pairs` does."""
+    image_of = _by_key(images, of_image, flags[0])
+    mask_of = _by_key(masks, of_mask, flags[1])
+    _refuse_one_sided(image_of, mask_of, flags)
     return [Pair(key, image_of[key], mask_of[key]) for key in sorted(image_of, key=natural)]
 
 

@@ -10,10 +10,11 @@ import numpy as np
 from samtune.config import ReadOptions
 from samtune.data.arrays import ArraySlice
 from samtune.data.decoding import Decoded, decode
+from samtune.data.tar_files import TarMember
 from samtune.errors import UserError
 
 
-def read_image(path: str | Path | ArraySlice, read: ReadOptions) -> np.ndarray:
+def read_image(path: str | Path | ArraySlice | TarMember, read: ReadOptions) -> np.ndarray:
     """An image file as (H, W, 3) uint8 RGB.
 
     Turned as its orientation tag says; alpha dropped; grey repeated; CMYK and palettes converted;
@@ -22,7 +23,9 @@ def read_image(path: str | Path | ArraySlice, read: ReadOptions) -> np.ndarray:
     return image_from(decode(path), read, path)
 
 
-def image_from(decoded: Decoded, read: ReadOptions, path: str | Path | ArraySlice) -> np.ndarray:
+def image_from(
+    decoded: Decoded, read: ReadOptions, path: str | Path | ArraySlice | TarMember
+) -> np.ndarray:
     """What was decoded, as (H, W, 3) uint8 RGB."""
     pixels = decoded.array
     if pixels.ndim == 3 and pixels.shape[2] not in (2, 3, 4):

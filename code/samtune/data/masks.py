@@ -14,6 +14,7 @@ from samtune.config import ReadOptions
 from samtune.data.arrays import ArraySlice
 from samtune.data.codings import coding_of, unknown_values
 from samtune.data.decoding import Decoded, decode
+from samtune.data.tar_files import TarMember
 from samtune.errors import UserError
 from samtune.structures import IGNORE
 
@@ -23,7 +24,7 @@ _JPEG_CONSTANT = 4  # how far a picture of one value strays from it
 _JPEG_CHROMA = 8  # how far the channels of a grey picture stray from each other
 
 
-def read_mask(path: str | Path | ArraySlice, read: ReadOptions) -> np.ndarray:
+def read_mask(path: str | Path | ArraySlice | TarMember, read: ReadOptions) -> np.ndarray:
     """A mask file as (H, W) uint8, 0 background and 1 object, or class ids.
 
     Palette files by index (by colour, if the coding is one of colours), 1-bit files by bit,
@@ -33,14 +34,14 @@ def read_mask(path: str | Path | ArraySlice, read: ReadOptions) -> np.ndarray:
     return mask_from(decode_mask(path, read), read, path)[0]
 
 
-def decode_mask(path: str | Path | ArraySlice, read: ReadOptions) -> Decoded:
+def decode_mask(path: str | Path | ArraySlice | TarMember, read: ReadOptions) -> Decoded:
     """Decode a mask file; a palette gives the indices or colours that its coding is about."""
     coding = coding_of(read)
     return decode(path, palette_indices=not (coding and coding.coloured))
 
 
 def mask_from(
-    decoded: Decoded, read: ReadOptions, path: str | Path | ArraySlice
+    decoded: Decoded, read: ReadOptions, path: str | Path | ArraySlice | TarMember
 ) -> tuple[np.ndarray, str | None]:
     """What was decoded, as (H, W) uint8, and the remark "lossy" or None.
 

@@ -1,0 +1,86 @@
+"""Files behind a URL (s3://, gs://, https://, ...), through fsspec; local files need none of this.
+
+A file system is asked for anew at every access: fsspec keeps one per process and address, and one
+that was made before a fork must not be used after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import BinaryIO
+
+from samtune.errors import UserError
+
+_BLOCK = 2**20  # bytes that are read ahead where headers are: few requests, little in vain
+
+
+def is_url(place: str) -> bool:
+    """Whether this is a URL, not the path of a local file."""
+    return "://" in place
+
+
+@contextmanager
+def open_url(url: str) -> Iterator[tuple[BinaryIO, int]]:
+    """The file behind a URL, seekable, and its size in bytes. Raises UserError."""
+    with _spoken_of(url):
+        files, path = _file_system(url)
+        size = files.info(path)["size"]
+        if size is None:
+            raise UserError(f"{url}: its server does not tell its size; copy it to a local disk")
+        file = files.open(path, "rb", block_size=_BLOCK)
+    try:
+        yield _Spoken(file, url), size
+    finally:
+        file.close()
+
+
+def read_range(url: str, offset: int, size: int) -> bytes:
+    """Some bytes of the file behind a URL, by one request where it can be. Raises UserError."""
+    with _spoken_of(url):
+        files, path = _file_system(url)
+        return files.cat_file(path, start=offset, end=offset + size)
+
+
+class _Spoken:
+    """A file whose errors name its URL; what `tarfile` needs of one."""
+
+    def __init__(self, file: BinaryIO, url: str):
+        self.file, self.url = file, url
+
+    def read(self, size: int) -> bytes:
+        with _spoken_of(self.url):
+            return self.file.read(size)
+
+    def seek(self, offset: int) -> int:
+        return self.file.seek(offset)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+
+def _file_system(url: str):
+    """fsspec's file system for a URL, and the path in it."""
+    import fsspec
+
+    return fsspec.core.url_to_fs(url)
+
+
+@contextmanager
+def _spoken_of(url: str) -> Iterator[None]:
+    """Any failure of fsspec or of the package behind it, as a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ImportError as error:  # fsspec itself, or the package that speaks the protocol
+        missing = getattr(error.__cause__ or error, "name", None) or "fsspec"
+        package = missing.split(".")[0]
+        raise UserError(f"{url}: reading it needs {package}: pip install {package}") from None
+    except FileNotFoundError:
+        raise UserError(f"{url}: there is no such file") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # each protocol has errors of its own, with no common ancestor
+        said = str(error).strip() or type(error).__name__
+        raise UserError(f"{url}: cannot be read ({said})") from None
