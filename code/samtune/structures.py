@@ -215,7 +215,9 @@ class Batch:
     or in the frame where `in_frame`. weight: (R,) float32: a real sample weighs 1, which its rows
     share equally, and one that only keeps the ranks in step 0. ids, paths: B strings for messages
     and files. row_names: R strings for tables ("img7", "img7#3"); empty: the image's id. told: what
-    the model was told, in words; empty: what the prompts show.
+    the model was told, in words; empty: what the prompts show. features: (B, ...) what
+    `PromptedSam.frozen` says of the images, where that is kept on disk; `image` is then one zero
+    that is expanded to its shape, unless the model reads it beside the features.
     """
 
     image: Tensor
@@ -228,6 +230,13 @@ class Batch:
     in_frame: bool = False
     row_names: list[str] = field(default_factory=list)
     told: str = ""
+    features: Tensor | None = None
+
+    @property
+    def inputs(self) -> tuple:
+        """The model's arguments, in its order."""
+        known = (self.image, self.prompts, self.frames.valid_size)
+        return known if self.features is None else (*known, self.features)
 
     @property
     def image_of_row(self) -> list[int]:
@@ -277,10 +286,21 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Copy every tensor, without waiting for it when the memory is pinned."""
-        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+        return _map_tensors(self, _once(lambda tensor: tensor.to(device, non_blocking=True)))
 
     def pin_memory(self) -> Batch:
-        return _map_tensors(self, lambda tensor: tensor.pin_memory())
+        return _map_tensors(self, _once(lambda tensor: tensor.pin_memory()))
+
+
+def _once(move: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`move`, which copies one number only where a tensor is one number expanded to a shape."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        if tensor.numel() > 1 and not any(tensor.stride()):
+            return move(tensor[(slice(1),) * tensor.ndim]).expand(tensor.shape)
+        return move(tensor)
+
+    return moved
 
 
 def _map_tensors(value, function):
