@@ -239,10 +239,26 @@ class TrainDataOptions:
         "degrees, and half of them flipped left-right; 'none'",
         ("standard", "flip", "rotate", "none"),
     )
+    augment_views: int = option(
+        0, "augmentations of an image that repeat from then on; 0: new ones in every epoch"
+    )
     crop: Size = option(
         Size(0, 0),
         "train on random windows of the frame of this size, as image_size is said; validation and "
         "test see whole frames (gsam only); 0: on whole frames",
+    )
+    cache_features: str = option(
+        "none",
+        "keep on disk what training cannot change of the image encoder, computed once per image "
+        "and view: 'fp32': as it is, so losses stay the same; 'bf16': rounded, half the size; with "
+        "augmentation it takes --augment_views",
+        ("none", "fp32", "bf16"),
+    )
+    cache_dir: str = option(
+        "cache", "where it is kept, for all runs; on several machines a folder that all see"
+    )
+    cache_limit: float = option(
+        50.0, "GB that --cache_dir may hold; what was used longest ago goes first"
     )
 
     def __post_init__(self):
@@ -574,7 +590,7 @@ def answers_classes(num_classes: int, prompt: str) -> bool:
 FREE_ON_RESUME = {
     "epoch", "patience", "workers", "timeout", "save_pth", "wandb", "wandb_mode", "project_name",
     "resume", "test_image_dir", "test_mask_dir", "test_slice", "test_list",
-    "test_shards", "test_datasets", "test_data_root",
+    "test_shards", "test_datasets", "test_data_root", "cache_dir", "cache_limit",
 }  # fmt: skip
 
 # Flags of the parent repository that torchrun has made needless: accepted, and said so.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from samtune.config import (
@@ -83,12 +85,15 @@ def evaluation_loader(
     loader: LoaderOptions,
     process: Process,
     resolution: str = "original",
+    keep: Callable[[SegmentationDataset], SegmentationDataset] | None = None,
 ):
     """Batches of this rank's share of `pairs`, each image once.
 
-    resolution: of the targets, at each picture's "original" size or in the model's "frame".
+    resolution: of the targets, at each picture's "original" size or in the model's "frame". keep:
+    makes a dataset read features that were kept.
     """
     dataset = SegmentationDataset(pairs, read, image_size, prompts, resolution)
+    dataset = keep(dataset) if keep else dataset
     batches = eval_batches(len(pairs), loader.batch_size, process.rank, process.world)
     return make_loader(dataset, batches, loader.workers, process.device.type == "cuda")
 

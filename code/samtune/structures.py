@@ -214,7 +214,9 @@ class Batch:
     or in the frame where `in_frame`. weight: (R,) float32: a real sample weighs 1, which its rows
     share equally, and one that only keeps the ranks in step 0. ids, paths: B strings for messages
     and files. row_names: R strings for tables ("img7", "img7#3"); empty: the image's id. told: what
-    the model was told, in words; empty: what the prompts show.
+    the model was told, in words; empty: what the prompts show. features: (B, ...) what
+    `PromptedSam.frozen` says of the images, where that is kept on disk; `image` is then one zero
+    that is expanded to its shape, unless the model reads it beside the features.
     """
 
     image: Tensor
@@ -227,6 +229,13 @@ class Batch:
     in_frame: bool = False
     row_names: list[str] = field(default_factory=list)
     told: str = ""
+    features: Tensor | None = None
+
+    @property
+    def inputs(self) -> tuple:
+        """The model's arguments, in its order."""
+        known = (self.image, self.prompts, self.frames.valid_size)
+        return known if self.features is None else (*known, self.features)
 
     @property
     def image_of_row(self) -> list[int]:
@@ -276,14 +285,25 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Copy every tensor, without waiting for it when the memory is pinned."""
-        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.map(_once(lambda tensor: tensor.to(device, non_blocking=True)))
 
     def pin_memory(self) -> Batch:
-        return self.map(lambda tensor: tensor.pin_memory())
+        return self.map(_once(lambda tensor: tensor.pin_memory()))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with `function` applied to every tensor."""
         return _map_tensors(self, function)
+
+
+def _once(move: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`move`, which copies one number only where a tensor is one number expanded to a shape."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        if tensor.numel() > 1 and not any(tensor.stride()):
+            return move(tensor[(slice(1),) * tensor.ndim]).expand(tensor.shape)
+        return move(tensor)
+
+    return moved
 
 
 def _map_tensors(value, function):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import yaml
 
 from samtune import flags
 from samtune.adapters import ADAPTERS, build_model
+from samtune.caching import FeatureCaching, check_caching
 from samtune.config import TrainConfig
 from samtune.data.datasets import SegmentationDataset
 from samtune.data.files import Pair
@@ -192,6 +194,7 @@ def _build(config: TrainConfig, resumed: bool) -> tuple[PromptedSam, dict]:
     seed, prompt = config.run.seed, config.prompts.prompt
     options = adapter.without_start(config.adapter) if resumed else config.adapter
     model = build_model(config.model, options, prompt, base, seed, classes)
+    check_caching(config.data, config.model, model)
     return model, describe(model, base, flags.dump(_groups(config)))
 
 
@@ -242,6 +245,7 @@ def _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state):
     dataset = SegmentationDataset(
         train_pairs, config.read, image_size, config.prompts, config.loss.loss_resolution,
         augment=config.data.augment, seed=run.seed, train=True, crop=config.data.crop,
+        views=config.data.augment_views,
     )  # fmt: skip
     task = config.read.num_classes, config.prompts.prompt
     criterion = make_loss(config.loss, *task)
@@ -254,10 +258,18 @@ def _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state):
         clip_norm=options.clip_norm, precision=options.precision,
     )  # fmt: skip
 
+    caching = keep = None
+    if config.data.cache_features != "none":
+        caching = FeatureCaching(
+            config.data, model, trainer.precision, loader, run.epoch, process, logbook
+        )
+        dataset, keep = caching.keep("training", dataset), partial(caching.keep, "validation")
     on_gpu = process.device.type == "cuda"
     val_loader = evaluation_loader(
-        val_pairs, config.read, config.prompts, image_size, loader, process
+        val_pairs, config.read, config.prompts, image_size, loader, process, keep=keep
     )
+    if caching:
+        caching.make_room()
     evaluator = Evaluator(
         distributed.evaluated(wrapped), [criterion.scores, *scorers], process, trainer.precision,
         counter, loader.decode_rows,
@@ -274,4 +286,5 @@ def _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state):
     return trainer.fit(
         plan, make_batches, validate, logbook, saved,
         epochs=run.epoch, best_by=run.best_by, patience=run.patience, resume=state,
+        prepare=caching.fill if caching else lambda epoch: (),
     )  # fmt: skip

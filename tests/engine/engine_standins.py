@@ -185,7 +185,7 @@ class Diary:
             yield item
 
     def epoch(self, record):
-        self.records.append({k: v for k, v in record.items() if k != "seconds"})
+        self.records.append({k: v for k, v in record.items() if "seconds" not in k})
 
 
 def new_trainer(model, process, plan, epochs=1, optim=None, **options) -> Trainer:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import asdict
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from samtune.config import PromptOptions, ReadOptions, Size, answers_classes
 from samtune.data.files import Pair
+from samtune.data.images import blank
 from samtune.data.objects import (
     EVERYTHING,
     Thing,
@@ -21,7 +26,15 @@ from samtune.data.objects import (
 from samtune.data.prompts import RowPrompt, collate_prompts, in_words, make_prompt
 from samtune.data.randomness import stream
 from samtune.data.samples import read_sample
-from samtune.data.transforms import augment, fit_image, fit_mask, prepare, random_crop
+from samtune.data.transforms import (
+    augment,
+    augmentation_versions,
+    fit_image,
+    fit_mask,
+    fit_size,
+    prepare,
+    random_crop,
+)
 from samtune.errors import UserError
 from samtune.structures import IGNORE, Batch, Frame, Frames, Sample
 
@@ -48,8 +61,9 @@ class Item(NamedTuple):
     """One sample in the model's frame.
 
     image: (S_h, S_w, 3) uint8, zero where padded. rows: what is asked about it, at least one.
-    in_frame: where the targets lie. told: what the model is told, in words. A crop is a picture of
-    its own: its frame has the crop's size, its original size is what it shows.
+    in_frame: where the targets lie. told: what the model is told, in words. features: see `Batch`;
+    the image is blank then, unless the model reads it too. A crop is a picture of its own: its
+    frame has the crop's size, its original size is what it shows.
     """
 
     image: np.ndarray
@@ -60,10 +74,33 @@ class Item(NamedTuple):
     id: str
     path: str
     told: str
+    features: Tensor | None = None
 
     @property
     def frame_size(self) -> tuple[int, int]:
         return self.image.shape[:2]
+
+
+class View(NamedTuple):
+    """One augmented view of a picture.
+
+    sample: augmented, and cut where --crop asks for it. image, frame: the same in the model's
+    frame; image: (S_h, S_w, 3) uint8. picture_size: (H, W) as the file has it.
+    """
+
+    sample: Sample
+    image: np.ndarray
+    frame: Frame
+    picture_size: tuple[int, int]
+
+
+class Keeper(Protocol):
+    """Features of views that were computed before, on disk."""
+
+    needs_image: bool  # whether the model reads the image beside them
+
+    def read(self, view: int, index: int) -> tuple[Tensor, tuple[int, int]] | None:
+        """Features of a view and (H, W) of the picture's file; None where they are not there."""
 
 
 class SegmentationDataset(torch.utils.data.Dataset):
@@ -72,8 +109,9 @@ class SegmentationDataset(torch.utils.data.Dataset):
     image_size: (S_h, S_w) of the frame, or the side of a square. train: whether prompts are drawn,
     and at most `prompt.max_objects` rows of an image. crop: (h, w) of the random window of the
     frame that is the image instead (0: none); under a prompt it holds an object. What is random
-    follows from (seed, key.epoch, key.index) and the object. Reading raises UserError, also for a
-    picture that shows nothing to ask about: those are to be left out by the scan's report.
+    follows from (seed, key.epoch, key.index) and the object. views: augmentation and crop of an
+    image repeat after so many epochs; 0: never. Reading raises UserError, also for a picture that
+    shows nothing to ask about: those are to be left out by the scan's report.
     """
 
     def __init__(
@@ -87,20 +125,56 @@ class SegmentationDataset(torch.utils.data.Dataset):
         seed: int = 0,
         train: bool = False,
         crop: int | tuple[int, int] = 0,
+        views: int = 0,
     ):
         check_questions(read, prompt)
         self.pairs, self.read, self.prompt = pairs, settle_objects(read, prompt), prompt
         self.image_size, self.crop = Size.read(image_size), Size.read(crop)
         self.loss_resolution, self.augment, self.seed = loss_resolution, augment, seed
-        self.train = train
+        self.train, self.views = train, views
+        self.kept: Keeper | None = None
         prepare(augment)  # loader processes that are forked off find it made
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, key: SampleKey) -> Item:
-        place = (self.seed, key.epoch, key.index)
-        whole = read_sample(self.pairs[key.index], self.read).sample
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[SampleKey]) -> list[Item]:
+        """Items of one batch: with features all of them, or none."""
+        kept = [self._features(key) for key in keys]
+        if any(found is None for found in kept):
+            kept = [None] * len(keys)
+        return [self._item(key, found) for key, found in zip(keys, kept, strict=True)]
+
+    def keeping(self, kept: Keeper) -> SegmentationDataset:
+        """The same pictures with their features, where `kept` has them."""
+        keeping = copy.copy(self)
+        keeping.kept = kept
+        return keeping
+
+    def view_of(self, epoch: int) -> int:
+        """Which view of each picture is seen in this epoch."""
+        if self.augment == "none" and not self.crop:
+            return 0
+        return epoch % self.views if self.views else epoch
+
+    @property
+    def drawn(self) -> str:
+        """All that says, beside view, index and files, how a view is drawn; "" if nothing is."""
+        if self.augment == "none" and not self.crop:
+            return ""
+        versions = [augmentation_versions(), self.seed, self.augment, self.crop.plain]
+        return json.dumps([*versions, self._asks, asdict(self.read)])
+
+    def look(self, epoch: int, index: int, size: tuple[int, int] | None = None) -> View:
+        """A picture as it is seen in an epoch.
+
+        size: (H, W) of its file, where all but the pixels is wanted: the image is blank then.
+        """
+        whole = read_sample(self.pairs[index], self.read, size).sample
+        place = (self.seed, self.view_of(epoch), index)
         sample = augment(whole, self.augment, place)
         if self._asks and not things_of(sample, self.read) and things_of(whole, self.read):
             sample = whole  # what was asked about has left the picture
@@ -108,20 +182,35 @@ class SegmentationDataset(torch.utils.data.Dataset):
         if self.crop:
             sample = random_crop(sample, frame_size, self.crop, resize, place, self._asks)
             frame_size, resize = self.crop, "keep"
-        image, frame = fit_image(sample.image, frame_size, resize)
+        if size is None:
+            image, frame = fit_image(sample.image, frame_size, resize)
+        else:
+            shown = sample.image.shape[:2]
+            image, frame = blank(frame_size), Frame(shown, fit_size(shown, frame_size, resize))
+        return View(sample, image, frame, whole.image.shape[:2])
+
+    def _features(self, key: SampleKey) -> tuple[Tensor, tuple[int, int]] | None:
+        return self.kept and self.kept.read(self.view_of(key.epoch), key.index)
+
+    def _item(self, key: SampleKey, kept: tuple[Tensor, tuple[int, int]] | None) -> Item:
+        features, size = kept or (None, None)
+        if features is not None and self.kept.needs_image:
+            size = None
+        sample, image, frame, _ = self.look(key.epoch, key.index, size)
+        place, frame_size = (self.seed, key.epoch, key.index), image.shape[:2]
         in_frame = bool(self.crop) or self.loss_resolution == "frame"
         rows = tuple(
             Row(
                 f"{sample.id}#{thing.name}" if thing.name else sample.id,
                 fit_mask(target, frame, frame_size) if in_frame else target,
-                self._prompt(target, frame, image.shape[:2], (*place, thing.number)),
+                self._prompt(target, frame, frame_size, (*place, thing.number)),
             )
             for thing in self._things(sample, place)
             for target in [self._target(sample, thing)]
         )
         return Item(
             image, rows, frame, in_frame, key.weight, sample.id, sample.image_path,
-            in_words(self.prompt),
+            in_words(self.prompt), features,
         )  # fmt: skip
 
     @property
@@ -168,14 +257,13 @@ def collate(items: Sequence[Item]) -> Batch:
     asked = [(i, row) for i, item in enumerate(items) for row in item.rows]
     asked.sort(key=lambda pair: pair[1].prompt.tokens)
     rows, owners = [row for _, row in asked], [items[i] for i, _ in asked]
-    image = torch.from_numpy(np.stack([item.image for item in items]))  # (B, S_h, S_w, 3)
     prompts = collate_prompts([row.prompt for row in rows])
     index = [i for i, _ in asked]
     if index != list(range(len(items))):
         prompts = prompts._replace(image_index=torch.tensor(index))
     weights = [item.weight / len(item.rows) for item in owners]
     return Batch(
-        image=image.permute(0, 3, 1, 2).contiguous(),  # (B, 3, S_h, S_w)
+        image=_stack_images([item.image for item in items]),
         target=torch.from_numpy(_stack_on_canvas([row.target for row in rows])),
         prompts=prompts,
         frames=Frames.collate([item.frame for item in items], items[0].frame_size),
@@ -185,7 +273,24 @@ def collate(items: Sequence[Item]) -> Batch:
         in_frame=items[0].in_frame,
         row_names=[row.name for row in rows],
         told=items[0].told,
+        features=_stack_features([item.features for item in items]),
     )
+
+
+def _stack_images(images: list[np.ndarray]) -> Tensor:
+    """(S_h, S_w, 3) each -> (B, 3, S_h, S_w); blank ones take no memory together either."""
+    if not any(any(image.strides) for image in images):
+        height, width = images[0].shape[:2]
+        return torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(len(images), 3, height, width)
+    stacked = torch.from_numpy(np.stack(images))  # (B, S_h, S_w, 3)
+    return stacked.permute(0, 3, 1, 2).contiguous()
+
+
+def _stack_features(features: list[Tensor | None]) -> Tensor | None:
+    """(C, h, w) or (h, w, C) each -> (B, ...), laid out in memory as they are."""
+    if features[0] is None:
+        return None
+    return torch.cat([one[None] for one in features])  # `stack` would lay them out anew
 
 
 def _stack_on_canvas(targets: list[np.ndarray]) -> np.ndarray:

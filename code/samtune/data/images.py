@@ -40,6 +40,11 @@ def image_from(
     return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
 
 
+def blank(size: tuple[int, int]) -> np.ndarray:
+    """(H, W, 3) uint8 zeros that take no memory and cannot be written to."""
+    return np.broadcast_to(np.uint8(0), (*size, 3))
+
+
 def _to_eight_bits(pixels: np.ndarray, intensity_range: str, path: str | Path) -> np.ndarray:
     """Scale a range of intensities to 0..255 and clip what lies outside it."""
     if not np.isfinite(pixels).all():

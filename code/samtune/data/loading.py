@@ -16,9 +16,10 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
+from typing import Any
 
 import cv2
 import torch
@@ -38,8 +39,10 @@ def make_loader(
     workers: int,
     pin_memory: bool = False,
     start_method: str = "",
+    collate: Callable[[Sequence], Any] = collate,
 ) -> DataLoader:
-    """A loader of the given batches of keys, in their order; each becomes a `Batch`.
+    """A loader of the given batches of keys, in their order; each becomes what `collate` makes of
+    its items, a `Batch`.
 
     Loading it again loads the same batches again, by the same processes. workers: loader processes;
     -1: up to 4, as the cores allow; 0: this process. start_method: '' decides as said above. A
@@ -51,7 +54,7 @@ def make_loader(
         start_method = start_method or ("forkserver" if torch.cuda.is_initialized() else "fork")
         context = multiprocessing.get_context(start_method)
     return _Loader(
-        _Batches(dataset),
+        _Batches(dataset, collate),
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_as_it_is,
@@ -88,15 +91,17 @@ def cores_per_process() -> int:
 class _Batches(Dataset):
     """Whole batches; a UserError is handed over as a value, for torch would wrap what is raised."""
 
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
+    def __init__(self, dataset: Dataset, collate: Callable[[Sequence], Any]):
+        self.dataset, self.collate = dataset, collate
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitems__(self, keys: list[SampleKey]) -> Batch | UserError:
         try:
-            return collate([self.dataset[key] for key in keys])
+            if hasattr(self.dataset, "__getitems__"):  # torch's name for a batch at once
+                return self.collate(self.dataset.__getitems__(keys))
+            return self.collate([self.dataset[key] for key in keys])
         except UserError as error:
             return error
 

@@ -13,7 +13,7 @@ from samtune.config import ReadOptions
 from samtune.data.coco import read_annotations
 from samtune.data.decoding import decode
 from samtune.data.files import Pair
-from samtune.data.images import image_from
+from samtune.data.images import blank, image_from
 from samtune.data.masks import decode_mask, mask_from, numbers_from
 from samtune.data.objects import with_components, with_instances, with_masks
 from samtune.errors import UserError
@@ -33,10 +33,20 @@ class Reading(NamedTuple):
     notes: tuple[str, ...]
 
 
-def read_sample(pair: Pair, read: ReadOptions) -> Reading:
-    """Read both files of a pair. Raises UserError if one is unreadable or they do not fit."""
-    image_file = decode(pair.image_path)
-    image = image_from(image_file, read, pair.image_path)
+def read_sample(
+    pair: Pair, read: ReadOptions, picture_size: tuple[int, int] | None = None
+) -> Reading:
+    """Read both files of a pair. Raises UserError if one is unreadable or they do not fit.
+
+    picture_size: (H, W) of the picture where only that is asked for: its file is not read then, and
+    a blank one, which takes no memory, stands for it.
+    """
+    turned = False
+    if picture_size:
+        image = blank(picture_size)
+    else:
+        image_file = decode(pair.image_path)
+        image, turned = image_from(image_file, read, pair.image_path), image_file.turned
     sample = Sample(image, image[..., 0], pair.id, str(pair.image_path), str(pair.mask_path))
     if is_annotations(pair.mask_path):
         return Reading(_annotated(sample, pair, read), ())
@@ -46,7 +56,7 @@ def read_sample(pair: Pair, read: ReadOptions) -> Reading:
     else:
         mask, note = mask_from(mask_file, read, pair.mask_path)
     notes = [note] if note else []
-    if image_file.turned and not mask_file.turned:
+    if turned and not mask_file.turned:
         notes.append("turned")
     if mask.shape != image.shape[:2]:
         mask = _to_size_of_image(mask, image.shape[:2], pair)

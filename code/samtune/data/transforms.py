@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from importlib.metadata import version
 
 import cv2
 import numpy as np
@@ -16,6 +17,7 @@ from samtune.data.randomness import stream
 from samtune.structures import IGNORE, Frame, Sample
 
 MEAN_COLOUR = (124, 116, 104)  # of ImageNet, and so zero once SAM has normalised it
+_DRAWING = ("albumentations", "numpy", "pillow")
 _CROP_DRAWS = 10  # windows that may miss the object before one is put around it
 
 
@@ -40,7 +42,8 @@ def augment(sample: Sample, name: str, seed: int | Sequence[int]) -> Sample:
         random.Random(int.from_bytes(seeds.generate_state(4).tobytes(), "little")),
     )
     layers = {"masks": list(sample.layers)} if sample.layers else {}
-    variant = transform(image=sample.image, mask=sample.mask, **layers)
+    image = np.ascontiguousarray(sample.image)  # a blank one is not
+    variant = transform(image=image, mask=sample.mask, **layers)
     if _shows_object(sample.mask) and not _shows_object(variant["mask"]):
         return sample
     layers = tuple(variant["masks"]) if sample.layers else ()
@@ -81,6 +84,12 @@ def prepare(name: str):
     )
     parts = [A.HorizontalFlip(p=1), A.VerticalFlip(p=1), A.RandomRotate90(p=1), shift_scale_rotate]
     return A.Compose([A.OneOf(parts, p=0.5)])
+
+
+def augmentation_versions() -> str:
+    """The releases of what draws and moves pixels: another one may draw another variant."""
+    releases = [f"{name} {version(name)}" for name in _DRAWING]
+    return " ".join([f"cv2 {cv2.__version__}", *releases])
 
 
 def random_crop(

@@ -142,7 +142,8 @@ class Evaluator:
 
     def _encode(self, batch: Batch) -> Tensor:
         with autocast(self.precision, self.process.device):
-            return self.model.encode(batch.image, batch.frames.valid_size)
+            image, _, *others = batch.inputs
+            return self.model.encode(image, *others)
 
     def _answer(self, batch: Batch, features: Tensor | None) -> Prediction | None:
         """What the model says; features: of the batch's images, where they are known already."""
@@ -150,7 +151,7 @@ class Evaluator:
             return None
         with autocast(self.precision, self.process.device):
             if features is None:
-                return self.model(batch.image, batch.prompts, batch.frames.valid_size)
+                return self.model(*batch.inputs)
             return self.model.answer(features, batch.prompts, tuple(batch.image.shape[-2:]))
 
     def _row_scores(self, prediction: Prediction | None, batch: Batch) -> dict[str, Tensor]:

@@ -112,7 +112,7 @@ class Trainer:
             batch = batch.to(self.process.device)
             with distributed.no_sync(self.model, active=not is_last):
                 with autocast(self.precision, self.process.device):
-                    prediction = self.model(batch.image, batch.prompts, batch.frames.valid_size)
+                    prediction = self.model(*batch.inputs)
                 total, terms = self.criterion(prediction, batch)
                 loss = (batch.weight * total).sum()
                 for term in (prediction.aux or {}).values():  # a mean over the micro-batch
@@ -188,6 +188,7 @@ class Trainer:
         best_by: str = "loss",
         patience: int = -1,
         resume: dict[str, Any] | None = None,
+        prepare: Callable[[int], Iterable[None]] = lambda epoch: (),
     ) -> FitResult:
         """Collective. Train until `epochs` are complete or `patience` of them brought nothing.
 
@@ -196,7 +197,9 @@ class Trainer:
         make_batches(epoch, first step): the rest of that epoch's micro-batches, in that order.
         validate: scores by name, one of them `best_by` ('loss' is better when lower, 'iou' and
         'dice' when higher). patience: -1 means half of the epochs, 0 never stops. resume: what
-        `saved.load_last()` returned. Epochs count from 0 in plan and loader, from 1 in records.
+        `saved.load_last()` returned. prepare(epoch): collective work before that epoch's first
+        step, which gives way now and then, on all ranks equally often. Epochs count from 0 in plan
+        and loader, from 1 in records.
 
         Raises Interrupted when a signal came and the state was saved; UserError when the loss is
         not finite, the GPU's memory is too small or the folder cannot be written.
@@ -211,13 +214,17 @@ class Trainer:
 
         with StopSignal() as stop, explain_out_of_memory():
             while goes_on():
-                started = time.monotonic()
+                watch = [time.monotonic()]
+                for _ in prepare(self.progress.epoch):
+                    if stop.agreed():
+                        self._interrupt(saved, plan, epochs)
+                watch.append(time.monotonic())
                 for _ in self._epoch(plan, make_batches, logbook, epochs):
                     if stop.agreed():
                         self._interrupt(saved, plan, epochs)
                 if stop.settle():
                     self._interrupt(saved, plan, epochs)
-                self._finish_epoch(validate, best_by, logbook, saved, started)
+                self._finish_epoch(validate, best_by, logbook, saved, watch)
                 self._save_last(saved, plan, epochs)
                 if stop.settle() and goes_on():
                     raise Interrupted(self._farewell(saved))
@@ -243,10 +250,16 @@ class Trainer:
             if step + 1 < last:
                 yield
 
-    def _finish_epoch(self, validate, best_by, logbook, saved: Checkpoints, started: float) -> None:
-        """Validate, tell, and keep what improved: before anything decides to stop."""
+    def _finish_epoch(
+        self, validate, best_by, logbook, saved: Checkpoints, watch: list[float]
+    ) -> None:
+        """Validate, tell, and keep what improved: before anything decides to stop.
+
+        watch: when the epoch began, and when its first step did.
+        """
         self.check()
-        train = self.sums.means()
+        train = self.sums.means()  # waits for the device
+        trained = time.monotonic()
         with torch.random.fork_rng(devices=[]):  # loaders again
             scores = distributed.broadcast_object(validate())
         improved = self.progress.judge(scores[best_by], best_by)
@@ -257,7 +270,9 @@ class Trainer:
             "train": train,
             "validation": scores,
             "best": improved,
-            "seconds": time.monotonic() - started,
+            "seconds": time.monotonic() - watch[0],
+            "prepare_seconds": watch[1] - watch[0],
+            "train_seconds": trained - watch[1],
         }
         logbook.epoch(record)
         if improved:

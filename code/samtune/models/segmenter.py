@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from samtune.config import Size
 from samtune.errors import UserError
 from samtune.models.mask_decoder import ClassDecoder, decode_masks
+from samtune.models.prefix import run_frozen, run_rest
 from samtune.models.prompt_encoder import embed_masks, embed_prompts, position_encoding
 from samtune.models.refinement import with_corrections
 from samtune.models.weights import LoadReport
@@ -45,19 +46,41 @@ class PromptedSam(nn.Module):
         self.load_report: LoadReport | None = None
 
     def forward(
-        self, image: Tensor, prompts: Prompts = NO_PROMPT, valid_size: Tensor | None = None
+        self,
+        image: Tensor,
+        prompts: Prompts = NO_PROMPT,
+        valid_size: Tensor | None = None,
+        frozen: Tensor | None = None,
     ) -> Prediction:
         """Segment what the prompts ask for.
 
         image: (B, 3, S_h, S_w) uint8 RGB. valid_size: (B, 2) height and width without padding, None
-        when nothing is padded. Returns logits (R, C, 4h, 4w) for a grid of h x w patches; C is 1,
-        or K with a decoder for K classes.
+        when nothing is padded. frozen: what `frozen` says of the image, where that is known; of the
+        image itself only the shape is read then, unless `prefix.reads_image`. Returns logits (R, C, 4h, 4w) for a grid of h x w
+        patches; C is 1, or K with a decoder for K classes.
         """
-        return self.answer(self.encode(image, valid_size), prompts, tuple(image.shape[-2:]))
+        features = self.encode(image, valid_size, frozen)
+        return self.answer(features, prompts, tuple(image.shape[-2:]))
 
-    def encode(self, image: Tensor, valid_size: Tensor | None = None) -> Tensor:
-        """(B, 3, S_h, S_w) uint8 -> (B, C, h, w) features, which any prompts can share."""
+    def encode(
+        self, image: Tensor, valid_size: Tensor | None = None, frozen: Tensor | None = None
+    ) -> Tensor:
+        """(B, 3, S_h, S_w) uint8 -> (B, C, h, w) features, which any prompts can share.
+
+        frozen: see `forward`.
+        """
+        if frozen is not None:
+            return run_rest(self.image_encoder, frozen, lambda: self.preprocess(image, valid_size))
         return self.image_encoder(self.preprocess(image, valid_size))
+
+    @torch.no_grad()
+    def frozen(self, image: Tensor, valid_size: Tensor | None = None) -> Tensor:
+        """(B, 3, S_h, S_w) uint8 -> (B, ...): as far as `encode` comes without anything that
+        trains; all the way where the image encoder is frozen. Training cannot change it.
+
+        Raises UserError where the encoder trains from its beginning; see `frozen_stages`.
+        """
+        return run_frozen(self.image_encoder, self.preprocess(image, valid_size))
 
     def answer(self, features: Tensor, prompts: Prompts, frame_size: tuple[int, int]) -> Prediction:
         """What `encode` returned and prompts -> the answer, after the corrections they ask for."""

@@ -13,6 +13,7 @@ and cuts the table off from its gradient.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 import torch
 from segment_anything.modeling.common import LayerNorm2d
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from samtune.models import ModelType
+from samtune.models.prefix import Stage
 
 
 def build_tiny_vit(model_type: ModelType, image_size: int) -> TinyViTEncoder:
@@ -80,6 +82,11 @@ class TinyViTEncoder(nn.Module):
             x = layer(x)
         return self.neck(x)
 
+    def stages(self) -> list[Stage]:
+        """The forward as a chain, block by block; see `prefix.stages_of`."""
+        first, last = (Stage((part,), part) for part in (self.patch_embed, self.neck))
+        return [first, *(stage for layer in self.layers for stage in layer.stages()), last]
+
 
 class Layer(nn.Module):
     """A stage's blocks, then the merging to the next stage's width and grid."""
@@ -97,6 +104,19 @@ class Layer(nn.Module):
         else:
             x = self.blocks(x)
         return self.downsample(x)
+
+    def stages(self) -> list[Stage]:
+        """The forward as a chain; each link (B, C, h, w) -> (B, C', h', w')."""
+        run = _channels_first if self.attends else (lambda block: block)
+        chain = [Stage((block,), run(block)) for block in self.blocks]
+        if isinstance(self.downsample, nn.Identity):
+            return chain
+        return [*chain, Stage((self.downsample,), self.downsample)]
+
+
+def _channels_first(block: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A block of channels-last pictures as a function of channels-first ones."""
+    return lambda x: block(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class WindowAttention(nn.Module):
