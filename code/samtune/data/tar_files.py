@@ -74,13 +74,17 @@ def index_tar(place: str, extensions: Collection[str]) -> ShardIndex:
     out of it.
     """
     with _opened(place) as (file, shard):
-        if file.read(6).startswith(_COMPRESSED):
+        head = file.read(tarfile.BLOCKSIZE)
+        if head.startswith(_COMPRESSED):
             raise UserError(
                 f"{place}: is compressed, so that no place in it can be read alone; unpack it to a "
                 "plain .tar (images are compressed already)"
             )
-        file.seek(0)
         index = ShardIndex([], Counter())
+        if head and not head.strip(b"\0"):  # without members; Python 3.10 calls it damaged
+            _check_end(file, 0, place)
+            return index
+        file.seek(0)
         try:
             with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="strict") as tar:
                 while (info := tar.next()) is not None:
