@@ -45,16 +45,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Group:
-    """Cells that are run in turn, `rounds` times. title: what the table calls it."""
+    """Cells that are run in turn, `rounds` times. title: what the table calls it.
+
+    apart: its cells are not compared with each other, so each may be measured on another day.
+    """
 
     name: str
     title: str
     cells: tuple[Cell, ...]
     rounds: int = 1
-
-    @property
-    def seconds(self) -> int:
-        return self.rounds * sum(cell.seconds for cell in self.cells)
+    apart: bool = False
 
 
 def _step(adapter: str, model: str, *more: str, steps: str = "--steps 2 --warmup 1") -> str:
@@ -136,12 +136,15 @@ CPU_TARGETS = (SAM_ADAPTER, LORA, CACHE, PROCESSES, LAUNCH)
 # --- two CPU cores: the rest of the grid -------------------------------------------------------
 
 
-def _adapters(kind: str, title: str, seconds: int, *more: str, steps: str) -> Group:
-    cells = (_ours(a, a, _frame(a), *more, seconds=seconds, steps=steps) for a in ALL_ADAPTERS)
-    return Group(f"adapters-{kind}", f"every adapter, {title}", tuple(cells))
+def _adapters(kind: str, title: str, seconds: int, *more: str, side: int = 1024) -> Group:
+    cells = (
+        _ours(a, a, _frame(a).replace("1024", str(side)), *more, seconds=seconds)
+        for a in ALL_ADAPTERS
+        if side == 1024 or _frame(a) == BASE
+    )
+    return Group(f"adapters-{kind}", f"every adapter, {title}", tuple(cells), apart=True)
 
 
-_TWO = "--steps 2 --warmup 1"
 _STOCK_MORE = Group(
     "stock",
     "the stock path's other forms, vit_b at 1024 px, a training step",
@@ -211,6 +214,7 @@ _BACKBONES = Group(
         )
         for adapter in adapters
     ),
+    apart=True,
 )
 _ROWS = Group(
     "rows",
@@ -252,20 +256,21 @@ _ATTENTION = Group(
     ),
 )
 CPU_GRID = (
-    _adapters("fp32", "a training step in fp32", 60, FP32, steps=_TWO),
+    _adapters("fp32", "a training step in fp32", 60, FP32),
     _FORMS,
     _EVALUATION,
     _STOCK_MORE,
     _LORA_BF16,
     _ATTENTION,
-    _adapters("bf16", "a training step in bf16", 40, BF16, steps=_TWO),
+    _adapters("bf16", "a training step in bf16", 40, BF16),
     _IMAGES,
     _ROWS,
     _BACKBONES,
     _SIZES,
     _BATCH,
-    _adapters("evaluation", "an image evaluated in bf16", 25, BF16, "--evaluate yes", steps=_TWO),
-    _adapters("compiled", "a training step in bf16, compiled", 90, COMPILED, steps=_TWO),
+    _adapters("evaluation", "an image evaluated in bf16", 25, BF16, "--evaluate yes"),
+    _adapters("512", "vit_b at 512 px, a training step in fp32", 15, FP32, side=512),
+    _adapters("compiled", "a training step in bf16, compiled", 90, COMPILED),
 )
 
 # --- a GPU: 8 minutes --------------------------------------------------------------------------
@@ -315,6 +320,7 @@ GPU_GRID = (
             for a in ALL_ADAPTERS
             if a not in ("sam_adapter", "lora")
         ),
+        apart=True,
     ),
     Group(
         "gpu-forms",
@@ -333,6 +339,7 @@ GPU_GRID = (
             _on_gpu(str(n), "sam_adapter", COMPILED, f"--batch_size {n}", seconds=40)
             for n in (1, 4, 16)
         ),
+        apart=True,
     ),
     Group(
         "gpu-evaluation",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import shlex
@@ -24,6 +25,7 @@ import time
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from typing import NamedTuple
 
 from grid import MINUTES, PRESETS, Cell, Group
 from results import FOLDER, OUT_OF_MEMORY, Results
@@ -39,6 +41,14 @@ NO_MEMORY = ("out of memory", "memory is too small", "MemoryError", "can't alloc
 LIMIT = {"cpu": 3600, "cuda": 240}  # seconds that a cell may take before it is ended
 
 
+class Job(NamedTuple):
+    """Cells of one round that are run one after the other."""
+
+    group: Group
+    index: int
+    cells: tuple[Cell, ...]
+
+
 def main(argv: list[str]) -> int:
     args = _parse(argv)
     machine = json.loads(_python(["benchmarks/machine.py"]).splitlines()[-1])
@@ -47,22 +57,23 @@ def main(argv: list[str]) -> int:
     results = Results(Path(args.results or FOLDER / f"{machine['kind']}{suffix}.json"))
     results.machine = {**machine, "matmul_flops": _best_of(machine, results.machine)}
     groups = _chosen(preset, args)
-    todo = [
-        (g, i) for g in groups for i in range(g.rounds) if args.again or not _done(results, g, i)
-    ]
+    todo = [job for group in groups for job in _jobs(results, group, args.again)]
     print(_introduction(results, groups, todo, preset), flush=True)
     if args.list:
         return 0
     results.write()
-    ends = time.monotonic() + 60 * (MINUTES[preset] if args.minutes is None else args.minutes)
-    limited = args.minutes or (args.minutes is None and MINUTES[preset])
-    for place, (group, index) in enumerate(todo, 1):
-        left = sum(_seconds(g) for g, _ in todo[place - 1 :])
-        if limited and time.monotonic() + _seconds(group) > ends:
-            print(f"{group.name}, round {index + 1}: no time is left for it", flush=True)
+    minutes = MINUTES[preset] if args.minutes is None else args.minutes
+    ends = time.monotonic() + 60 * (minutes or math.inf)
+    for place, job in enumerate(todo):
+        group, index, cells = job
+        if time.monotonic() + _seconds([job]) > ends:
+            print(f"{group.name}, {cells[0].name}: no time is left for it", flush=True)
             continue
-        print(f"[{place}/{len(todo)}] {group.title}, round {index + 1}; {_minutes(left)} to go")
-        _measure_round(results, group, index, machine)
+        left = _minutes(_seconds(todo[place:]))
+        print(f"[{place + 1}/{len(todo)}] {group.title}, round {index + 1}; {left} to go")
+        for cell in cells:
+            record = measure_and_keep(results, group, index, cell)
+            print(f"    {cell.name:>18}  {_in_words(record)}", flush=True)
     print(f"in {results.path.name}; now: python benchmarks/report.py", flush=True)
     return 0
 
@@ -94,25 +105,34 @@ def _chosen(preset: str, args: argparse.Namespace) -> list[Group]:
     return [replace(group, rounds=args.rounds or group.rounds) for group in groups]
 
 
-def _done(results: Results, group: Group, index: int) -> bool:
-    """Whether all cells of a round were measured, together and with these settings."""
-    found = [results.measured(group.name, cell.name, index) for cell in group.cells]
-    return all(
-        record and record["settings"] == cell.settings
-        for record, cell in zip(found, group.cells, strict=True)
-    )
+def _jobs(results: Results, group: Group, again: bool = False) -> list[Job]:
+    """What is left of a group: rounds, each as a whole, or cells that stand apart."""
+    jobs = []
+    for index in range(group.rounds):
+        left = [cell for cell in group.cells if again or not _done(results, group, index, cell)]
+        if group.apart:
+            jobs += [Job(group, index, (cell,)) for cell in left]
+        elif left:
+            jobs.append(Job(group, index, group.cells))
+    return jobs
 
 
-def _measure_round(results: Results, group: Group, index: int, machine: dict) -> None:
-    for cell in group.cells:
-        record = {
-            "group": group.name, "cell": cell.name, "round": index, "settings": cell.settings,
-            "date": date.today().isoformat(), "versions": machine["versions"],
-        }  # fmt: skip
-        lacking = _lacking(cell, machine)
-        outcome = {"failed": lacking} if lacking else measure(cell, machine)
-        results.add(record | outcome)
-        print(f"    {cell.name:>18}  {_in_words(outcome)}", flush=True)
+def _done(results: Results, group: Group, index: int, cell: Cell) -> bool:
+    """Whether there is an answer to these very settings."""
+    record = results.measured(group.name, cell.name, index)
+    return record is not None and record["settings"] == cell.settings
+
+
+def measure_and_keep(results: Results, group: Group, index: int, cell: Cell) -> dict:
+    """The record of a cell in a round, on disk when this returns."""
+    lacking = _lacking(cell, results.machine)
+    outcome = {"failed": lacking} if lacking else measure(cell, results.machine)
+    record = {
+        "group": group.name, "cell": cell.name, "round": index, "settings": cell.settings,
+        "date": date.today().isoformat(), "versions": results.machine["versions"], **outcome,
+    }  # fmt: skip
+    results.add(record)
+    return record
 
 
 def _lacking(cell: Cell, machine: dict) -> str:
@@ -217,19 +237,19 @@ def _python(command: list[str]) -> str:
     ).stdout  # fmt: skip
 
 
-def _seconds(group: Group) -> float:
-    """Of one round, about."""
-    return group.seconds / group.rounds
+def _seconds(jobs: list[Job]) -> int:
+    """About how long they take."""
+    return sum(cell.seconds for job in jobs for cell in job.cells)
 
 
 def _minutes(seconds: float) -> str:
     return f"about {max(1, round(seconds / 60))} min"
 
 
-def _in_words(outcome: dict) -> str:
-    if "failed" in outcome:
-        return f"failed: {outcome['failed']}"
-    measured = outcome["measured"]
+def _in_words(record: dict) -> str:
+    if "failed" in record:
+        return f"failed: {record['failed']}"
+    measured = record["measured"]
     seconds = next(
         measured[key]
         for key in ("seconds_per_step", "seconds_per_image", "launch_seconds", "wall_seconds")
@@ -245,12 +265,12 @@ def _introduction(results: Results, groups, todo, preset: str) -> str:
     lines = [
         f"{machine['name']}, {machine['cores']} cores, torch {machine['versions']['torch']}; "
         f"matrix products, TFLOP/s: {', '.join(peaks)}",
-        f"preset {preset}: {len(todo)} rounds, {_minutes(sum(_seconds(g) for g, _ in todo))}",
+        f"preset {preset}: {len(todo)} rounds or cells left, {_minutes(_seconds(todo))}",
     ]
     for group in groups:
-        done = sum(_done(results, group, index) for index in range(group.rounds))
-        time_ = _minutes(group.seconds)
-        lines.append(f"  {group.name:<20} {done}/{group.rounds} rounds, {time_:<14} {group.title}")
+        left = [job for job in todo if job.group is group]
+        said = f"{_minutes(_seconds(left))} left" if left else "done"
+        lines.append(f"  {group.name:<20} {said:<20} {group.title}")
     return "\n".join(lines)
 
 

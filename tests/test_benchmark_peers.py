@@ -80,10 +80,10 @@ def test_its_products_are_those_that_samtune_counts():
     from samtune.complexity import count_macs
 
     size = stock.SIZES["vit_mini"]
-    counted = stock.cost(size, 256, "sam_adapter")
-    options = ModelOptions(model_type="vit_mini", adapter="sam_adapter", train="adapter")
+    counted = stock.cost(size, 128, "sam_adapter")
+    options = ModelOptions(model_type="vit_mini", adapter="sam_adapter", image_size=128)
     adapter_options = ADAPTERS["sam_adapter"].options()
     model = build_model(options, adapter_options, "box", None, 0)
-    ours = count_macs(model, (256, 256), "box") / 1e9
-    assert counted["gmacs"] == pytest.approx(ours, rel=0.02), "stock also makes unread masks"
+    ours = count_macs(model, (128, 128), "box") / 1e9
+    assert counted["gmacs"] == pytest.approx(ours, rel=0.05), "stock also makes unread masks"
     assert 1.5 < counted["step_gmacs"] / counted["gmacs"] < 3

@@ -70,6 +70,16 @@ def test_it_measures_in_turn_and_goes_on_where_it_stopped(suite, monkeypatch):
     assert suite("--list").records == suite().records
 
 
+def test_cells_that_stand_apart_are_measured_one_by_one(suite):
+    apart = Group("pair", "a pair", PAIR.cells, apart=True)
+    assert [job.cells for job in run._jobs(suite("--rounds", "1"), apart)] == []
+    changed = Group("pair", "a pair", (PAIR.cells[0], Cell("b", "fake", "--more 1")), apart=True)
+    (job,) = run._jobs(suite("--rounds", "1"), changed)
+    assert [cell.name for cell in job.cells] == ["b"]
+    assert len(run._jobs(suite("--rounds", "1"), changed, again=True)) == 2
+    assert suite("--minutes", "0.1").records == suite("--rounds", "1").records, "no time for more"
+
+
 @pytest.mark.usefixtures("suite")
 def test_too_little_memory_is_answered_by_half_the_batch():
     outcome = run.measure(Cell("a", "fake", "--batch_size 8"), MACHINE)["measured"]
@@ -82,10 +92,12 @@ def test_a_failure_is_kept_in_words_and_tried_again(tmp_path):
     cell = Cell("a", "fake", "--fail 1")
     assert run.measure(cell, MACHINE) == {"failed": "./code: a mistake"}
     results = Results(tmp_path / "r.json")
-    run._measure_round(results, Group("g", "", (cell,)), 0, MACHINE)
-    assert results.records[0]["failed"] and not run._done(results, Group("g", "", (cell,)), 0)
-    results.add(results.records[0] | {"failed": OUT_OF_MEMORY})
-    assert run._done(results, Group("g", "", (cell,)), 0), "too little memory is an answer"
+    results.machine = MACHINE
+    group = Group("g", "", (cell,))
+    record = run.measure_and_keep(results, group, 0, cell)
+    assert Results(results.path).records == [record] and run._jobs(results, group)
+    results.add(record | {"failed": OUT_OF_MEMORY})
+    assert not run._jobs(results, group), "too little memory is an answer"
     assert run._lacking(Cell("a", "hf_peft"), MACHINE)
     assert run._lacking(Cell("a", "fake", "--precision bf16"), MACHINE)
 
