@@ -260,6 +260,10 @@ class FeatureCaching:
         return sorted(found.values())
 
     def _write(self, files: FeatureFiles, pictures: Pictures) -> None:
-        features = self._encode(pictures.image, pictures.valid_size)
-        for one, size, name in zip(features, pictures.sizes, pictures.names, strict=True):
+        """Encode and keep them, in a batch of full size: how sums are rounded may depend on it, and
+        so a picture's features do not depend on which others were missing.
+        """
+        rows = torch.arange(self.loader.batch_size).clamp(max=len(pictures.names) - 1)
+        features = self._encode(pictures.image[rows], pictures.valid_size[rows])
+        for one, size, name in zip(features, pictures.sizes, pictures.names, strict=False):
             files.write(name, one, size)

@@ -56,8 +56,8 @@ class PromptedSam(nn.Module):
 
         image: (B, 3, S_h, S_w) uint8 RGB. valid_size: (B, 2) height and width without padding, None
         when nothing is padded. frozen: what `frozen` says of the image, where that is known; of the
-        image itself only the shape is read then, unless `prefix.reads_image`. Returns logits (R, C, 4h, 4w) for a grid of h x w
-        patches; C is 1, or K with a decoder for K classes.
+        image itself only the shape is read then, unless `prefix.reads_image`. Returns logits
+        (R, C, 4h, 4w) for a grid of h x w patches; C is 1, or K with a decoder for K classes.
         """
         features = self.encode(image, valid_size, frozen)
         return self.answer(features, prompts, tuple(image.shape[-2:]))
