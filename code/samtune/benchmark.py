@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import time
 from dataclasses import replace
 
@@ -15,6 +14,7 @@ from samtune.data.prompts import collate_prompts, make_prompt
 from samtune.engine import distributed
 from samtune.engine.distributed import Process
 from samtune.engine.optim import build_optimizer, build_schedule
+from samtune.engine.throughput import peak_memory
 from samtune.engine.trainer import Trainer, explain_out_of_memory
 from samtune.losses import EveryAnswer, make_loss
 from samtune.models.anatomy import checkpoint_activations
@@ -141,13 +141,6 @@ def _wait(process: Process) -> None:
     """Until the device has done all that was queued."""
     if process.device.type == "cuda":
         torch.cuda.synchronize(process.device)
-
-
-def peak_memory(process: Process) -> int:
-    """Bytes: allocated on the GPU during the timed steps, or resident in RAM over the whole run."""
-    if process.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(process.device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
 
 
 def device_name(process: Process) -> str:

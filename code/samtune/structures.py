@@ -282,6 +282,10 @@ class Batch:
     def pin_memory(self) -> Batch:
         return _map_tensors(self, lambda tensor: tensor.pin_memory())
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory of these tensors until `stream` has done what is queued there by then."""
+        _map_tensors(self, lambda tensor: tensor.record_stream(stream))
+
 
 def _map_tensors(value, function):
     """Apply `function` to every tensor in a (nested) dataclass or named tuple."""

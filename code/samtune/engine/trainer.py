@@ -24,6 +24,9 @@ from samtune.engine.checkpoint import Checkpoints, adapted_state, load_adapted_s
 from samtune.engine.distributed import Process, StopSignal
 from samtune.engine.optim import autocast, resolve_precision
 from samtune.engine.progress import Progress, Sums, describe_plan
+from samtune.engine.steplog import StepLog
+from samtune.engine.throughput import SLOW_DATA, Pace, StepMeter, speed_of_epoch
+from samtune.engine.transfer import Arrival, Upload
 from samtune.errors import Interrupted, UserError
 from samtune.structures import Batch, Prediction
 
@@ -51,8 +54,7 @@ class _Watched:
     """What must be known of a step to say what went wrong in it."""
 
     name: str
-    norm: Tensor  # of the gradient, on its way to the host
-    arrived: torch.cuda.Event | None
+    norm: Arrival  # of the gradient
     seen: list[_Seen]
 
 
@@ -82,8 +84,10 @@ class Trainer:
         self.precision = resolve_precision(precision, process.device)
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=self.precision == "fp16")
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.upload = Upload(process.device)
         self.progress = Progress()
         self.sums = Sums(process.device)
+        self.meter = StepMeter()
         self.steps_done = 0
         self._watched: _Watched | None = None
         self._overflows = 0
@@ -98,7 +102,7 @@ class Trainer:
         scale = self.process.world / global_count
         seen = []
         for batch, is_last in _mark_last(micro_batches):
-            batch = batch.to(self.process.device)
+            batch = self.upload(batch)
             with distributed.no_sync(self.model, active=not is_last):
                 with autocast(self.precision, self.process.device):
                     prediction = self.model(batch.image, batch.prompts, batch.frames.valid_size)
@@ -141,13 +145,8 @@ class Trainer:
 
     def _watch(self, norm: Tensor, seen: list[_Seen]) -> None:
         """Send this step's gradient norm to the host, and look at the one before, now arrived."""
-        arrived = None
-        if norm.is_cuda:
-            norm = torch.empty_like(norm, device="cpu", pin_memory=True).copy_(norm, True)
-            arrived = torch.cuda.Event()
-            arrived.record()
         name = f"step {self.steps_done} (epoch {self.progress.epoch + 1})"
-        previous, self._watched = self._watched, _Watched(name, norm, arrived, seen)
+        previous, self._watched = self._watched, _Watched(name, Arrival(norm), seen)
         self._examine(previous)
 
     def check(self) -> None:
@@ -158,9 +157,7 @@ class Trainer:
     def _examine(self, watched: _Watched | None) -> None:
         if watched is None:
             return
-        if watched.arrived:
-            watched.arrived.synchronize()
-        self._overflows = 0 if math.isfinite(watched.norm.item()) else self._overflows + 1
+        self._overflows = 0 if math.isfinite(watched.norm.wait().item()) else self._overflows + 1
         # All ranks come to the same conclusion: after DDP, their gradients have the same norm.
         if self._overflows > (_OVERFLOWS_IN_A_ROW if self.scaler.is_enabled() else 0):
             raise UserError(_diagnose(watched))
@@ -177,6 +174,8 @@ class Trainer:
         best_by: str = "loss",
         patience: int = -1,
         resume: dict[str, Any] | None = None,
+        log_every: int = 0,
+        explain_slow_data: Callable[[Pace], str] | None = None,
     ) -> FitResult:
         """Collective. Train until `epochs` are complete or `patience` of them brought nothing.
 
@@ -185,7 +184,9 @@ class Trainer:
         make_batches(epoch, first step): the rest of that epoch's micro-batches, in that order.
         validate: scores by name, one of them `best_by` ('loss' is better when lower, 'iou' and
         'dice' when higher). patience: -1 means half of the epochs, 0 never stops. resume: what
-        `saved.load_last()` returned. Epochs count from 0 in plan and loader, from 1 in records.
+        `saved.load_last()` returned. log_every: steps between two lines about them, see StepLog.
+        explain_slow_data: what to say, once, when an epoch has waited long for its batches. Epochs
+        count from 0 in plan and loader, from 1 in records.
 
         Raises Interrupted when a signal came and the state was saved; UserError when the loss is
         not finite, the GPU's memory is too small or the folder cannot be written.
@@ -198,6 +199,8 @@ class Trainer:
         def goes_on() -> bool:
             return self.progress.epoch < epochs and self.progress.stale < limit
 
+        self._lines = StepLog(log_every, logbook, self.meter, self.process)
+        self._explain_slow_data = explain_slow_data
         with StopSignal() as stop, explain_out_of_memory():
             while goes_on():
                 started = time.monotonic()
@@ -216,25 +219,30 @@ class Trainer:
     def _epoch(self, plan, make_batches, logbook, epochs: int) -> Iterator[None]:
         """Take the steps that are left of this epoch; give way between any two of them."""
         self.model.train()
+        self.meter.start()
+        self._lines.start_epoch(self.sums)
         epoch, first, last = self.progress.epoch, self.progress.step, plan.steps_per_epoch
         batches: Iterator[Batch] = iter(())
         if first < last:
             # A loader draws a seed when it starts; a resumed epoch starts it once more, and must
             # not move the random numbers of the model.
             with torch.random.fork_rng(devices=[]):
-                batches = iter(make_batches(epoch, first))
+                batches = self.meter.watch(make_batches(epoch, first))
                 batches = chain([*islice(batches, 1)], batches)
         bar = logbook.progress(range(first, last), f"epoch {epoch + 1}/{epochs}", unit="step")
         for step in bar:
             micro_batches, global_count = plan.step(epoch, step)
             self.train_step(islice(batches, len(micro_batches)), global_count)
             self.progress.step = step + 1
+            self.meter.step(global_count)
+            self._lines.step(self.progress, self.steps_done, self.sums, self._watched.norm)
             if step + 1 < last:
                 yield
 
     def _finish_epoch(self, validate, best_by, logbook, saved: Checkpoints, started: float) -> None:
         """Validate, tell, and keep what improved: before anything decides to stop."""
         self.check()
+        speed = self._speed(logbook)
         train = self.sums.means()
         with torch.random.fork_rng(devices=[]):  # loaders again
             scores = distributed.broadcast_object(validate())
@@ -247,6 +255,7 @@ class Trainer:
             "validation": scores,
             "best": improved,
             "seconds": time.monotonic() - started,
+            "speed": speed,
         }
         logbook.epoch(record)
         if improved:
@@ -257,6 +266,16 @@ class Trainer:
         self.progress.epoch += 1
         self.progress.step = 0
         self.sums = Sums(self.process.device)
+
+    def _speed(self, logbook) -> dict[str, float]:
+        """Collective. How fast the epoch's steps were; the first time that they waited too long for
+        data, that is said as well."""
+        self._lines.flush()
+        speed, settled = speed_of_epoch(self.meter, self.process)
+        if self._explain_slow_data and settled and settled.data_wait > SLOW_DATA:
+            logbook.say(self._explain_slow_data(settled))
+            self._explain_slow_data = None
+        return speed
 
     def _interrupt(self, saved: Checkpoints, plan, epochs: int) -> None:
         self._save_last(saved, plan, epochs)
@@ -271,6 +290,7 @@ class Trainer:
     def _save_last(self, saved: Checkpoints, plan, epochs: int) -> None:
         """Collective. Write everything needed to go on, unless the latest step went wrong."""
         self.check()
+        self._lines.flush()
         mine = {"sums": self.sums.state(), "rng": _random_state(self.process.device)}
         of_ranks = distributed.gather_objects(mine)
         with distributed.together():
