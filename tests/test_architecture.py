@@ -13,6 +13,7 @@ VERBS = {"train", "evaluate", "importing", "merging", "compare", "benchmark", "a
 # Composition that verbs share. It imports the wings and is imported by verbs only.
 COMPOSED = {
     "pipeline", "trained", "pictures", "gallery", "complexity", "sources", "answers", "judging",
+    "slow_data",
 }  # fmt: skip
 
 # room -> the rooms it may import beside itself
