@@ -2,6 +2,9 @@
 
 import csv
 import json
+import multiprocessing
+import os
+import signal
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -21,10 +24,13 @@ from samtune.adapters.options import (
     SamAdapterOptions,
     TsSamOptions,
 )
+from samtune.data.loading import Loader
 from samtune.data.sample_data import make_sample_set
 from samtune.engine.checkpoint import read_metadata
 from samtune.engine.distributed import Process
-from samtune.errors import UserError
+from samtune.engine.records import read_epochs
+from samtune.engine.trainer import Trainer
+from samtune.errors import Interrupted, UserError
 from samtune.evaluate import run as evaluate
 from samtune.importing import run as import_weights
 from samtune.merging import run as merge
@@ -91,6 +97,72 @@ def test_evaluation_scores_what_was_trained(config):
         assert torch.equal(tensor, file[name]), name
     shared = untuned.state_dict().keys() & file.keys()
     assert any(not torch.equal(untuned.state_dict()[name], file[name]) for name in shared)
+
+
+def at_step(number, happens, monkeypatch):
+    """Let something happen after a step of the next training, counted over its epochs."""
+    train_step, done = Trainer.train_step, []
+
+    def step(self, *arguments):
+        train_step(self, *arguments)
+        done.append(1)
+        if len(done) == number:
+            happens()
+
+    monkeypatch.setattr(Trainer, "train_step", step)
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_loader_processes_live_as_long_as_the_training_and_no_longer(config, monkeypatch):
+    """Started once, not per epoch; ended with it, however it ends. Nothing depends on them."""
+    starts, get_iterator = [], Loader._get_iterator
+    monkeypatch.setattr(
+        Loader,
+        "_get_iterator",
+        lambda self: (starts.append(self.num_workers), get_iterator(self))[1],
+    )
+    config = replace(config, loader=c.LoaderOptions(4, 1), run=c.RunOptions(2, output_dir="run"))
+    train(config, None, ALONE)
+    assert starts == [1, 1], "one for training, one for validation"
+    assert multiprocessing.active_children() == []
+    run = replace(config.run, output_dir="alone")
+    train(replace(config, loader=c.LoaderOptions(4, 0), run=run), None, ALONE)
+    files = [load_file(f"{folder}/best.safetensors") for folder in ("run", "alone")]
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0] | files[1])
+
+
+@pytest.mark.parametrize("how", [interrupt, lambda: 1 / 0], ids=["signal", "error"])
+def test_no_loader_process_outlives_a_training_that_ends_early(config, monkeypatch, how):
+    at_step(2, how, monkeypatch)
+    config = replace(config, loader=c.LoaderOptions(4, 2))
+    with pytest.raises((Interrupted, ZeroDivisionError)) as caught:
+        train(config, None, ALONE)
+    assert multiprocessing.active_children() == [], caught  # whose traceback holds the loader
+
+
+def test_steps_are_told_between_epochs_and_none_twice(config, monkeypatch):
+    """Interrupted in the second epoch after its fifth step, and gone on with."""
+    config = replace(
+        config, log=c.LogOptions(log_every=2), run=c.RunOptions(2, output_dir="run", patience=0)
+    )
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        at_step(11, interrupt, patched)
+        train(config, None, ALONE)
+    train(config, RunFolder("run"), ALONE)
+    records = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert [(r.get("kind", "epoch"), r["step"]) for r in records] == [
+        ("step", 2), ("step", 4), ("step", 6), ("epoch", 6),
+        ("step", 8), ("step", 10), ("step", 12), ("epoch", 12),
+    ]  # fmt: skip
+    assert [record["epoch"] for record in read_epochs(Path("run/metrics.jsonl"))] == [1, 2]
+    for record in records:
+        assert record["prompt"] == "box" and record["train"]["loss"] > 0
+        assert record["speed"].keys() == {
+            "images_per_second", "seconds_per_step", "data_wait", "peak_memory_bytes"
+        }  # fmt: skip
 
 
 def test_the_prompt_of_a_score_can_be_chosen_and_is_said(config):

@@ -19,10 +19,11 @@ from samtune.engine import distributed
 from samtune.engine.distributed import Process
 from samtune.engine.evaluator import Evaluator
 from samtune.engine.optim import build_optimizer, build_schedule, resolve_precision
+from samtune.engine.throughput import peak_memory
 from samtune.engine.trainer import Trainer, explain_out_of_memory
 from samtune.errors import UserError
 from samtune.losses import EveryAnswer, make_loss
-from samtune.machine import Stopwatch, device_name, matmul_peak, peak_memory
+from samtune.machine import Stopwatch, device_name, matmul_peak
 from samtune.models.segmenter import PromptedSam
 from samtune.models.weights import find_checkpoint
 from samtune.pipeline import to_train, validation_scores

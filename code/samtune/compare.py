@@ -18,6 +18,7 @@ import yaml
 
 from samtune.adapters import ADAPTERS
 from samtune.config import LoaderOptions, LossOptions, OptimOptions, PromptOptions
+from samtune.engine.records import read_epochs
 from samtune.errors import UserError
 from samtune.run_folder import RunFolder
 
@@ -75,7 +76,7 @@ def _row(name: str, folder: RunFolder) -> dict:
     sets = json.loads(folder.scores.read_text())
     sets = {"": sets} if "tuned" in sets else sets  # several test sets are scored apart
     one = next(iter(sets.values()))
-    epochs = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    epochs = read_epochs(folder.metrics)
     speed = json.loads(_call("benchmark", *as_trained(folder, one), capture=True).splitlines()[-1])
     headlines = {
         f"{test} {score}".strip(): headline

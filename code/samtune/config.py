@@ -431,6 +431,11 @@ class RunOptions:
 class LogOptions:
     """Logging"""
 
+    log_every: int = option(
+        50,
+        "optimizer steps of an epoch between two lines of losses, gradient norm, speed and memory; "
+        "0: none",
+    )
     wandb: bool = option(False, "log to Weights & Biases too")
     wandb_mode: str = option(
         "auto",
@@ -588,8 +593,8 @@ def answers_classes(num_classes: int, prompt: str) -> bool:
 
 # What may differ when a run goes on (`--resume`); everything else stays as the run began.
 FREE_ON_RESUME = {
-    "epoch", "patience", "workers", "timeout", "save_pth", "wandb", "wandb_mode", "project_name",
-    "resume", "test_image_dir", "test_mask_dir", "test_slice", "test_list",
+    "epoch", "patience", "workers", "timeout", "save_pth", "log_every", "wandb", "wandb_mode",
+    "project_name", "resume", "test_image_dir", "test_mask_dir", "test_slice", "test_list",
     "test_shards", "test_datasets", "test_data_root", "cache_dir", "cache_limit",
 }  # fmt: skip
 

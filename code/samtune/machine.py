@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import statistics
 import time
 from pathlib import Path
@@ -62,13 +61,6 @@ def matmul_peak(device: torch.device, precision: str) -> float:
         a @ b
         watch.mark()
     return 2 * side**3 / statistics.median(watch.laps())
-
-
-def peak_memory(process: Process) -> int:
-    """Bytes: allocated on the GPU since its count was reset, or the most that was in RAM so far."""
-    if process.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(process.device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
 
 
 def device_name(process: Process) -> str:

@@ -2,8 +2,8 @@
 
 config.yaml         every option; `--config` reads it back
 model.txt           the model's parts, what trains and what is frozen
-metrics.jsonl       a line per epoch
-curves.png          the same as a picture
+metrics.jsonl       a line per epoch, and one about every --log_every-th step
+curves.png          the epochs as a picture
 best.safetensors    what was trained, at the best validation score
 import.txt          what became of each tensor, where `import` made the run
 last.pt             everything that `--resume` needs

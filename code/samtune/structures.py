@@ -305,6 +305,10 @@ def _once(move: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
     return moved
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory of these tensors until `stream` has done what is queued there by then."""
+        _map_tensors(self, lambda tensor: tensor.record_stream(stream))
+
 
 def _map_tensors(value, function):
     """Apply `function` to every tensor in a (nested) dataclass or named tuple."""

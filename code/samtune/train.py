@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -14,16 +15,17 @@ from samtune.caching import FeatureCaching, check_caching
 from samtune.config import TrainConfig
 from samtune.data.datasets import SegmentationDataset
 from samtune.data.files import Pair
-from samtune.data.loading import make_loader
+from samtune.data.loading import cores_per_process, make_loader
 from samtune.data.objects import check_questions
 from samtune.data.sample_data import SampleSet, make_sample_set
-from samtune.data.sampler import TrainPlan
+from samtune.data.sampler import EpochBatches, TrainPlan
 from samtune.engine import distributed
 from samtune.engine.checkpoint import Checkpoints
 from samtune.engine.distributed import Process
 from samtune.engine.evaluator import Evaluator
 from samtune.engine.logbook import Logbook, parameter_summary
 from samtune.engine.optim import build_optimizer, build_schedule
+from samtune.engine.throughput import Pace
 from samtune.engine.trainer import Trainer
 from samtune.errors import UserError
 from samtune.losses import EveryAnswer, make_loss
@@ -38,6 +40,7 @@ from samtune.pipeline import (
 )
 from samtune.probe import settle_batch_size
 from samtune.run_folder import RunFolder, new_name
+from samtune.slow_data import slow_data
 from samtune.sources import (
     complete_named,
     look_into_shards,
@@ -95,7 +98,10 @@ def run(config: TrainConfig, resumed: RunFolder | None, process: Process) -> Tra
     if process.is_main:  # only now is it a run: a mistake above leaves nothing behind
         folder.config.write_text(yaml.safe_dump(options, sort_keys=False))
     first_epoch = state["progress"]["epoch"] + 1 if state else 1
-    logbook = Logbook(folder.path, process, config.log, options, keep_before_epoch=first_epoch)
+    logbook = Logbook(
+        folder.path, process, config.log, options, keep_before_epoch=first_epoch,
+        keep_steps=state["progress"]["step"] if state else 0,
+    )  # fmt: skip
     try:
         if remark and not resumed:
             logbook.say(remark)
@@ -275,16 +281,25 @@ def _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state):
         counter, loader.decode_rows,
     )  # fmt: skip
 
+    keys = EpochBatches(plan)
+    train_loader = make_loader(dataset, keys, loader.workers, on_gpu)
+
     def make_batches(epoch: int, first_step: int):
-        return make_loader(dataset, plan.batches(epoch, first_step), loader.workers, on_gpu)
+        keys.begin(epoch, first_step)
+        return train_loader
 
     def validate() -> dict[str, float]:
         progress = logbook.progress(len(val_loader), "validation")
         with progress as bar, distributed.gathered(wrapped):
             return evaluator.run(val_loader, bar.update).scores
 
-    return trainer.fit(
-        plan, make_batches, validate, logbook, saved,
-        epochs=run.epoch, best_by=run.best_by, patience=run.patience, resume=state,
-        prepare=caching.fill if caching else lambda epoch: (),
-    )  # fmt: skip
+    def explain_slow_data(pace: Pace) -> str:
+        return slow_data(pace, train_loader.num_workers, cores_per_process(), image_size, config)
+
+    with closing(train_loader), closing(val_loader):
+        return trainer.fit(
+            plan, make_batches, validate, logbook, saved,
+            epochs=run.epoch, best_by=run.best_by, patience=run.patience, resume=state,
+            prepare=caching.fill if caching else lambda epoch: (),
+            log_every=config.log.log_every, explain_slow_data=explain_slow_data,
+        )  # fmt: skip

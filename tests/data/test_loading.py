@@ -1,12 +1,14 @@
 """Loader processes."""
 
 import gc
+import itertools
 import multiprocessing.forkserver
 import os
 import random
 import signal
 import subprocess
 import time
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from samtune.config import PromptOptions, ReadOptions
 from samtune.data.datasets import SegmentationDataset
 from samtune.data.files import Pair
 from samtune.data.loading import cores_per_process, make_loader
-from samtune.data.sampler import TrainPlan
+from samtune.data.sampler import EpochBatches, TrainPlan
 from samtune.errors import UserError
 
 
@@ -177,6 +179,46 @@ def test_loader_processes_are_kept_and_end_with_the_loader(pairs):
     del loader
     gc.collect()
     assert not any(worker.is_alive() for worker in workers)
+
+
+@pytest.mark.parametrize("start_method", ["fork", "forkserver"])
+def test_one_loader_serves_all_epochs_by_the_same_processes(pairs, start_method):
+    """As a new one per epoch would; also from the middle, and after an epoch that was abandoned."""
+    plan = TrainPlan(len(pairs), 2, 2, rank=0, world=1, seed=3)
+    keys, processes = EpochBatches(plan), set()
+    with closing(make_loader(dataset_of(pairs), keys, 2, start_method=start_method)) as loader:
+        for epoch, step, taken in ((0, 0, 6), (1, 0, 1), (1, 1, 4), (2, 2, 2)):
+            keys.begin(epoch, step)
+            batches = list(itertools.islice(loader, taken))
+            fresh = make_loader(dataset_of(pairs), plan.batches(epoch, step), 0)
+            assert len(batches) == taken and all(map(same, batches, fresh))
+            processes |= {worker.pid for worker in loader._iterator._workers}
+    assert len(processes) == 2
+
+
+@pytest.mark.parametrize("taken", [0, 1, 12])
+def test_closing_ends_the_processes_whatever_they_are_at(pairs, taken):
+    """Also while a batch is asked for no more and others lie prepared; nobody is left to reap."""
+    plan = TrainPlan(len(pairs), 1, 1, rank=0, world=1, seed=3)
+    loader = make_loader(dataset_of(pairs), plan.batches(0), 2)
+    batches = iter(loader)  # it stays alive, as it does in an error's traceback
+    assert len([next(batches) for _ in range(taken)]) == taken
+    workers = loader._iterator._workers
+    loader.close()
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    loader.close()
+    assert len(list(loader)) == 12, "and it starts anew"
+    loader.close()
+    make_loader(dataset_of(pairs), plan.batches(0), 0).close()
+
+
+def test_processes_that_died_between_two_epochs_are_explained(pairs):
+    plan = TrainPlan(len(pairs), 1, 1, rank=0, world=1, seed=3)
+    with closing(make_loader(dataset_of(pairs), plan.batches(0), 1)) as loader:
+        list(loader)
+        os.kill(loader._iterator._workers[0].pid, signal.SIGKILL)
+        with pytest.raises(UserError, match=r"a loader process died .*--workers"):
+            list(loader)
 
 
 @pytest.mark.parametrize("start_method", ["fork", "forkserver"])

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from samtune.data.sampler import TrainPlan, eval_batches
+from samtune.data.sampler import EpochBatches, TrainPlan, eval_batches
 from samtune.errors import UserError
 
 # (world, batch_size, accumulate) with the same 8 samples per step
@@ -74,6 +74,27 @@ def test_starting_in_the_middle_goes_on_as_if_never_interrupted():
         done = sum(len(plan.step(4, step)[0]) for step in range(start))
         fresh = TrainPlan(50, 2, 2, rank=1, world=2, seed=3)
         assert fresh.batches(4, start) == whole[done:]
+
+
+@pytest.mark.parametrize("split", [*SPLITS, (3, 2, 1), (3, 1, 3)])
+@pytest.mark.parametrize("samples", SAMPLES)
+def test_one_object_gives_every_epoch_from_any_step(samples, split):
+    """For a loader that lives through all epochs; its length is that of a whole one."""
+    for plan in plans(samples, *split):
+        keys = EpochBatches(plan)
+        for epoch, step in ((0, 0), (1, 1), (1, 0), (4, plan.steps_per_epoch)):
+            keys.begin(epoch, step)
+            assert list(keys) == plan.batches(epoch, step)
+        assert len(keys) == len(plan.batches(0))
+
+
+def test_an_iteration_under_way_is_not_moved_by_the_next():
+    plan = TrainPlan(9, 2, 1, 0, 1, seed=3)
+    keys = EpochBatches(plan)
+    first = iter(keys)
+    begun = [next(first)]
+    keys.begin(7, 2)
+    assert begun + list(first) == plan.batches(0) and list(keys) == plan.batches(7, 2)
 
 
 def test_epochs_and_seeds_shuffle_differently():

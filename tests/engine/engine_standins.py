@@ -173,6 +173,7 @@ class Diary:
 
     def __init__(self, on_step=None):
         self.records, self.said, self.on_step, self.steps = [], [], on_step, 0
+        self.lines = []  # about steps
 
     def say(self, text):
         self.said.append(text)
@@ -185,7 +186,11 @@ class Diary:
             yield item
 
     def epoch(self, record):
-        self.records.append({k: v for k, v in record.items() if "seconds" not in k})
+        kept = {k: v for k, v in record.items() if "seconds" not in k and k != "speed"}
+        self.records.append(kept)
+
+    def step(self, record):
+        self.lines.append(record)
 
 
 def new_trainer(model, process, plan, epochs=1, optim=None, **options) -> Trainer:

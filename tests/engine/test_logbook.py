@@ -257,6 +257,7 @@ class FakeWandb(SimpleNamespace):
 
     def __init__(self, fail_at=""):
         self.calls, self.logged, self.fail_at, self.finished = [], [], fail_at, 0
+        self.defined = {}
         self.url, self.dir = "https://example.org/run", "/somewhere/files"
         super().__init__(Settings=lambda **k: SimpleNamespace(**k))
 
@@ -265,6 +266,9 @@ class FakeWandb(SimpleNamespace):
         if self.fail_at == "init":
             raise RuntimeError(f"the server did not like {KEY}\nand much more")
         return self
+
+    def define_metric(self, name, step_metric):
+        self.defined[name] = step_metric
 
     def log(self, values, step):
         if self.fail_at == "log":
@@ -292,7 +296,8 @@ def test_wandb_hears_of_each_epoch_under_the_parents_names_and_watches_nothing(t
     logbook.epoch(record(1))
     logbook.epoch(record(2, loss=math.nan))
     logbook.close()
-    assert [step for step, _ in wandb.logged] == [1, 2]
+    assert [values["Epoch"] for _, values in wandb.logged] == [1, 2]
+    assert {wandb.defined[n] for n in ("Train *", "Validation *", "Learning Rate")} == {"Epoch"}
     assert wandb.logged[0][1].keys() >= {*PARENTS_NAMES, "Learning Rate", "Validation Loss"}
     assert "Validation Loss" not in wandb.logged[1][1], "NaN is left out"
     assert wandb.calls[0]["config"] == {"lr": 1e-4, "path": str(tmp_path)}

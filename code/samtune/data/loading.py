@@ -8,6 +8,9 @@ server instead: a clean process that has imported the heavy packages once and st
 Signals. `torchrun` sends SIGTERM, and a terminal Ctrl-C, to the whole process group, so also to the
 loader processes; if those died, the step that the training process wants to finish before it saves
 would fail. They start with these signals blocked, and obey a SIGTERM of the training process only.
+
+How they end. They stay from one iteration to the next, so that no epoch starts new ones. `close`
+ends them, also while an iteration is under way; what they had prepared is dropped.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from typing import Any
@@ -35,25 +38,26 @@ _PRELOADED = ["torch.utils.data", "cv2", "PIL.Image", "albumentations"]
 
 def make_loader(
     dataset: Dataset,
-    batches: Sequence[list[SampleKey]],
+    batches: Collection[list[SampleKey]],
     workers: int,
     pin_memory: bool = False,
     start_method: str = "",
     collate: Callable[[Sequence], Any] = collate,
-) -> DataLoader:
+) -> Loader:
     """A loader of the given batches of keys, in their order; each becomes what `collate` makes of
     its items, a `Batch`.
 
-    Loading it again loads the same batches again, by the same processes. workers: loader processes;
-    -1: up to 4, as the cores allow; 0: this process. start_method: '' decides as said above. A
-    UserError in a loader process is raised here as it is. No global random state is used.
+    Loading it again loads what `batches` then gives, by the same processes; each of them is two
+    batches ahead. workers: loader processes; -1: up to 4, as the cores allow; 0: this process.
+    start_method: '' decides as said above. A UserError in a loader process is raised here as it is.
+    No global random state is used.
     """
     workers = min(worker_count(workers), len(batches))
     context = None
     if workers:
         start_method = start_method or ("forkserver" if torch.cuda.is_initialized() else "fork")
         context = multiprocessing.get_context(start_method)
-    return _Loader(
+    return Loader(
         _Batches(dataset, collate),
         batch_sampler=batches,
         num_workers=workers,
@@ -106,34 +110,51 @@ class _Batches(Dataset):
             return error
 
 
-class _Loader(DataLoader):
-    """Raises the errors that `_Batches` hands over, and says why a loader process died."""
+class Loader(DataLoader):
+    """Raises the errors that `_Batches` hands over, and says why a loader process died.
+
+    `contextlib.closing` ends its processes with the work; else they end with the loader.
+    """
+
+    def close(self) -> None:
+        """End the loader processes, whatever they are at. Iterating again starts new ones."""
+        iterator, self._iterator = self._iterator, None
+        if iterator is not None:  # torch keeps one only where there are processes
+            iterator._shutdown_workers()
 
     def __iter__(self) -> Iterator[Batch]:
         if self.num_workers and self.multiprocessing_context.get_start_method() == "forkserver":
             os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it asks the network on import
             self.multiprocessing_context.set_forkserver_preload(_PRELOADED)
             resource_tracker.ensure_running()  # it unblocks signals when it starts
-        with _stop_signals_blocked():
+        with _stop_signals_blocked(), _death_explained():
             batches = super().__iter__()
         return self._checked(batches)
 
     def _checked(self, batches: Iterator) -> Iterator[Batch]:
         while True:
             try:
-                batch = next(batches)
+                with _death_explained():
+                    batch = next(batches)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                raise UserError(
-                    f"a loader process died ({str(error).splitlines()[0]}); if memory or shared "
-                    "memory (/dev/shm) is short, lower --workers, or --workers 0 for none"
-                ) from None
             if isinstance(batch, UserError):
                 raise batch
             yield batch
+
+
+@contextmanager
+def _death_explained():
+    """Turn torch's error about a loader process that is gone into a UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"a loader process died ({str(error).splitlines()[0]}); if memory or shared memory "
+            "(/dev/shm) is short, lower --workers, or --workers 0 for none"
+        ) from None
 
 
 @contextmanager

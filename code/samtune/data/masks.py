@@ -120,12 +120,11 @@ def _one_channel(array: np.ndarray, lossy: bool, path: str | Path) -> np.ndarray
 
 
 def _decide_exact(values: np.ndarray, path: str | Path) -> np.ndarray:
-    found = _distinct(values)
-    if set(found) <= {0, 1}:
-        return values == 1
-    if set(found) <= {0, 255}:
-        return values == 255
-    raise _undecidable(found, "neither 0 and 1 nor 0 and 255", path)
+    for high in (1, 255):
+        above = values == high
+        if np.count_nonzero(values) == np.count_nonzero(above):  # there is but 0 and this value
+            return above
+    raise _undecidable(_distinct(values), "neither 0 and 1 nor 0 and 255", path)
 
 
 def _decide_lossy(values: np.ndarray, path: str | Path) -> tuple[np.ndarray, str | None]:

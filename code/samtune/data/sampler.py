@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -71,6 +72,31 @@ class TrainPlan:
         """All micro-batches of an epoch from a step on, one after the other."""
         steps = range(start_step, self.steps_per_epoch)
         return [batch for step in steps for batch in self.step(epoch, step)[0]]
+
+
+class EpochBatches:
+    """The micro-batches of a plan's epochs, for one loader that lives through all of them.
+
+    An iteration gives those of the epoch that `begin` named last, from that step on, made as they
+    are asked for. `len` is that of a whole epoch.
+    """
+
+    def __init__(self, plan: TrainPlan):
+        self.plan = plan
+        self._epoch = self._first_step = 0
+
+    def begin(self, epoch: int, first_step: int) -> None:
+        """Say what the next iteration gives; one that is under way goes on with its own."""
+        self._epoch, self._first_step = epoch, first_step
+
+    def __len__(self) -> int:
+        whole, left = divmod(self.plan.samples, self.plan.samples_per_step)
+        return whole * self.plan.accumulate + -(-left // (self.plan.world * self.plan.batch_size))
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        plan, epoch = self.plan, self._epoch
+        steps = range(self._first_step, plan.steps_per_epoch)
+        return (batch for step in steps for batch in plan.step(epoch, step)[0])
 
 
 def eval_batches(samples: int, batch_size: int, rank: int, world: int) -> list[MicroBatch]:

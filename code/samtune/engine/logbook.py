@@ -1,39 +1,34 @@
 """What a run tells the world: console, `metrics.jsonl`, `curves.png`, Weights & Biases when asked.
 
 Only rank 0 speaks and writes; on the others every method does nothing, so callers need no `if`.
-
-A record is one epoch: {"epoch": 3, "train": {"loss": ..., "bce": ..., "iou_loss": ..., "dice": ...,
-"iou": ...}, "validation": {the same names}, "lr": ..., "best": True, ...}. Epochs count from 1;
-"best" is true where the epoch was the best so far; any part may be missing.
+What a record is, says `records`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
-import netrc
 import os
 import sys
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from torch import nn
 from tqdm import tqdm
 
 from samtune.config import LogOptions
+from samtune.engine import records
 from samtune.engine.distributed import Process
+from samtune.engine.wandb_run import WandbRun
 
 
 class Logbook:
     """The diary of a run in `folder`, kept by rank 0.
 
     keep_before_epoch: what `metrics.jsonl` says of this epoch and later ones is cut, so that a
-    resumed run does not tell an epoch twice; 1 starts an empty file.
+    resumed run tells nothing twice; 1 starts an empty file. keep_steps: but the lines about so many
+    of this epoch's steps stay.
     config: every option of the run by name; W&B stores it, and its "prompt" is stated with every
     score, since scores under a box of the true mask are better than a model that must find it.
     """
@@ -45,17 +40,19 @@ class Logbook:
         options: LogOptions,
         config: dict[str, Any],
         keep_before_epoch: int = 1,
+        keep_steps: int = 0,
     ):
         self.folder = folder and Path(folder)
         self.is_main = process.is_main
         self.prompt, self.epochs = config.get("prompt"), config.get("epoch")
-        self.records: list[dict] = []
-        self._wandb: _Wandb | None = None
+        self.records: list[dict] = []  # of epochs
+        self._wandb: WandbRun | None = None
         self._drawn = -math.inf
         if self.is_main and self.folder:
-            self.records = _cut(self.folder / "metrics.jsonl", keep_before_epoch)
+            kept = records.cut(self.folder / "metrics.jsonl", keep_before_epoch, keep_steps)
+            self.records = list(filter(records.is_epoch, kept))
             if options.wandb:
-                self._wandb = _Wandb(self.folder, options, config, self.say)
+                self._wandb = WandbRun(self.folder, options, config, self.say)
 
     @classmethod
     def console(cls, process: Process) -> Logbook:
@@ -80,17 +77,23 @@ class Logbook:
         NaN and infinity become null), to W&B, and in `curves.png` if that is half a minute old."""
         if not self.is_main:
             return
-        record = _plain(record if self.prompt is None else record | {"prompt": self.prompt})
-        self.records.append(record)
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self.say(_lines(record, self.epochs))
-        if self._wandb:
-            self._wandb.log(record)
+        self.records.append(self._tell(record))
         if time.monotonic() - self._drawn > 30:
             self.curves()
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Tell a step of an epoch under way: as `epoch` does, but for the picture."""
+        if self.is_main:
+            self._tell(record)
+
+    def _tell(self, record: dict[str, Any]) -> dict[str, Any]:
+        """To file, console and W&B; returns the record as it was written."""
+        record = records.plain(record if self.prompt is None else record | {"prompt": self.prompt})
+        records.append(self.folder / "metrics.jsonl", record)
+        self.say(records.in_words(record, self.epochs))
+        if self._wandb:
+            self._wandb.log(record)
+        return record
 
     def curves(self) -> None:
         """Draw `curves.png` from all records so far; a failure is a warning, not the run's end."""
@@ -178,61 +181,6 @@ def parameter_summary(model: nn.Module) -> str:
     )
 
 
-# --- metrics.jsonl -------------------------------------------------------------------------------
-
-
-def _cut(path: Path, epoch: int) -> list[dict]:
-    """Keep the records before `epoch`, in the file (atomically) and as the answer.
-
-    A line that is not valid JSON was being written when the run was killed: it goes as well.
-    """
-    if not path.exists():
-        return []
-    kept = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            record = json.loads(line)
-            if record["epoch"] < epoch:
-                kept.append(record)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.writelines(json.dumps(record) + "\n" for record in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    return kept
-
-
-def _plain(value: Any) -> Any:
-    """What JSON can say: numbers of any library as Python's, NaN and infinity as None."""
-    if isinstance(value, dict):
-        return {str(name): _plain(part) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, (str, int)):
-        return value
-    return _plain(value.item()) if hasattr(value, "item") else str(value)
-
-
-def _lines(record: dict, epochs: int | None) -> str:
-    """One epoch on the console: a line of training scores and one of validation scores."""
-    head = f"epoch {record['epoch']}" + (f"/{epochs}" if epochs else "")
-    remarks = {
-        "train": "" if record.get("lr") is None else f"lr {record['lr']:.2e}",
-        "validation": "best so far" if record.get("best") else "",
-    }
-    lines = []
-    for split, remark in remarks.items():
-        scores = (record.get(split) or {}).items()
-        numbers = [f"{k} {'nan' if v is None else format(v, '.5f')}" for k, v in scores]
-        if numbers:
-            indent = " " * len(head) if lines else head
-            lines.append("  ".join([indent, f"{split:10}", *numbers, remark]).rstrip())
-    return "\n".join(lines or [head])
-
-
 # --- curves.png ----------------------------------------------------------------------------------
 
 _COLOURS = {"train": "#8a94a6", "validation": "#1f6feb", "lr": "#b7791f", "best": "#2da44e"}
@@ -283,127 +231,3 @@ def _draw_panel(axes, records: list[dict], name: str, best: int | None) -> None:
         axes.set_ylim(bottom=0)
     elif axes.get_legend_handles_labels()[1]:
         axes.legend(fontsize=8, frameon=False)
-
-
-# --- Weights & Biases ----------------------------------------------------------------------------
-
-# The parent repository's names, so that old and new runs share their charts.
-_WANDB_NAMES = {
-    "bce": "BCE Loss", "iou_loss": "IoU Loss", "dice": "Dice Metric", "iou": "IoU Metric"
-}  # fmt: skip
-_WANDB_HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # the defaults of its releases
-_WANDB_SETTINGS = {
-    "silent": True, "console": "off", "disable_git": True,
-    "init_timeout": 30, "login_timeout": 1, "finish_timeout": 60,
-}  # fmt: skip
-
-
-class _Wandb:
-    """A W&B run that may fail: its first failure is one warning, then it keeps silent.
-
-    It never asks for a key, waits for a server at most half a minute at the start and a minute at
-    the end, and captures neither console output, code, git remotes nor weights: those can hold
-    secrets or need a device sync per tensor. Model parameters are not watched.
-    """
-
-    def __init__(self, folder: Path, options: LogOptions, config: dict, say: Callable[[str], None]):
-        self._say, self._run = say, None
-        self._attempt(lambda: self._start(folder, options, config))
-
-    def _start(self, folder: Path, options: LogOptions, config: dict) -> None:
-        mode = _wandb_mode(options.wandb_mode)
-        with _deaf_stdin():
-            import wandb
-
-            # Some settings are younger than the oldest release that we support.
-            known = wandb.Settings()
-            settings = {k: v for k, v in _WANDB_SETTINGS.items() if hasattr(known, k)}
-            self._run = wandb.init(
-                project=options.project_name,
-                name=folder.name,
-                id=_wandb_id(folder),
-                # Offline runs cannot be resumed; `wandb sync` joins those of one id.
-                resume="allow" if mode == "online" else None,
-                mode=mode,
-                dir=os.environ.get("WANDB_DIR") or str(folder),
-                config=_plain(config),
-                save_code=False,
-                settings=wandb.Settings(**settings),
-            )
-        if mode == "online":
-            self._say(f"Weights & Biases: {self._run.url}")
-        elif mode == "offline":
-            run_folder = Path(self._run.dir).parent
-            self._say(f"Weights & Biases: offline; to upload later: wandb sync {run_folder}")
-
-    def log(self, record: dict) -> None:
-        self._attempt(lambda: self._run.log(_wandb_record(record), step=record["epoch"]))
-
-    def finish(self) -> None:
-        self._attempt(lambda: self._run.finish())
-        self._run = None
-
-    def _attempt(self, action: Callable[[], None]) -> None:
-        if self._say is None:
-            return
-        try:
-            action()
-        except Exception as error:
-            first_line = (str(error) or type(error).__name__).splitlines()[0]
-            if key := os.environ.get("WANDB_API_KEY"):
-                first_line = first_line.replace(key, "***")
-            self._say(f"warning: Weights & Biases is off, training goes on: {first_line}")
-            self._say = None
-
-
-def _wandb_record(record: dict) -> dict[str, float]:
-    """The epoch's numbers under the parent repository's names."""
-    numbers = {
-        f"{split.title()} {_WANDB_NAMES.get(name, name.title())}": value
-        for split in ("train", "validation")
-        for name, value in (record.get(split) or {}).items()
-    }
-    numbers["Learning Rate"] = record.get("lr")
-    return {name: value for name, value in numbers.items() if value is not None}
-
-
-def _wandb_mode(mode: str) -> str:
-    if mode != "auto":
-        return mode
-    if os.environ.get("WANDB_MODE") in ("online", "offline", "disabled"):
-        return os.environ["WANDB_MODE"]
-    return "online" if _has_wandb_key() else "offline"
-
-
-def _has_wandb_key() -> bool:
-    """Whether the environment or a netrc file holds a key for the W&B server; keeps no key."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    server = os.environ.get("WANDB_BASE_URL")
-    hosts = [urlsplit(server).netloc] if server else _WANDB_HOSTS
-    for name in [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]:
-        with contextlib.suppress(OSError, netrc.NetrcParseError):
-            known = netrc.netrc(Path(name).expanduser()).hosts
-            if any(host in known for host in hosts):
-                return True
-    return False
-
-
-def _wandb_id(folder: Path) -> str:
-    """One id per run folder, so that a resumed run goes on in the same charts."""
-    path = folder / "wandb_id"
-    if not path.exists():
-        path.write_text(uuid.uuid4().hex[:8])
-    return path.read_text().strip()
-
-
-@contextlib.contextmanager
-def _deaf_stdin() -> Iterator[None]:
-    """Without a terminal to read from, W&B raises where it would ask for a key and wait."""
-    stdin = sys.stdin
-    with open(os.devnull) as nothing:
-        sys.stdin = nothing
-        try:
-            yield
-        finally:
-            sys.stdin = stdin

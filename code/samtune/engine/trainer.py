@@ -30,6 +30,9 @@ from samtune.engine.checkpoint import (
 from samtune.engine.distributed import Process, StopSignal
 from samtune.engine.optim import autocast, resolve_precision
 from samtune.engine.progress import Progress, Sums, describe_plan
+from samtune.engine.steplog import StepLog
+from samtune.engine.throughput import SLOW_DATA, Pace, StepMeter, speed_of_epoch
+from samtune.engine.transfer import Arrival, Upload
 from samtune.errors import Interrupted, OutOfMemory, UserError
 from samtune.structures import Batch, Prediction
 
@@ -59,8 +62,7 @@ class _Watched:
     """What must be known of a step to say what went wrong in it."""
 
     name: str
-    norm: Tensor  # of the gradient, on its way to the host
-    arrived: torch.cuda.Event | None
+    norm: Arrival  # of the gradient
     seen: list[_Seen]
 
 
@@ -93,8 +95,10 @@ class Trainer:
             raise UserError("--shard does not go with --precision fp16: use bf16 or fp32")
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=self.precision == "fp16")
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.upload = Upload(process.device)
         self.progress = Progress()
         self.sums = Sums(process.device)
+        self.meter = StepMeter()
         self.steps_done = 0
         self._watched: _Watched | None = None
         self._overflows = 0
@@ -109,7 +113,7 @@ class Trainer:
         scale = self.process.world / global_count
         seen = []
         for batch, is_last in _mark_last(micro_batches):
-            batch = batch.to(self.process.device)
+            batch = self.upload(batch)
             with distributed.no_sync(self.model, active=not is_last):
                 with autocast(self.precision, self.process.device):
                     prediction = self.model(*batch.inputs)
@@ -152,13 +156,8 @@ class Trainer:
 
     def _watch(self, norm: Tensor, seen: list[_Seen]) -> None:
         """Send this step's gradient norm to the host, and look at the one before, now arrived."""
-        arrived = None
-        if norm.is_cuda:
-            norm = torch.empty_like(norm, device="cpu", pin_memory=True).copy_(norm, True)
-            arrived = torch.cuda.Event()
-            arrived.record()
         name = f"step {self.steps_done} (epoch {self.progress.epoch + 1})"
-        previous, self._watched = self._watched, _Watched(name, norm, arrived, seen)
+        previous, self._watched = self._watched, _Watched(name, Arrival(norm), seen)
         self._examine(previous)
 
     def check(self) -> None:
@@ -169,9 +168,7 @@ class Trainer:
     def _examine(self, watched: _Watched | None) -> None:
         if watched is None:
             return
-        if watched.arrived:
-            watched.arrived.synchronize()
-        self._overflows = 0 if math.isfinite(watched.norm.item()) else self._overflows + 1
+        self._overflows = 0 if math.isfinite(watched.norm.wait().item()) else self._overflows + 1
         # All ranks come to the same conclusion: after DDP, their gradients have the same norm.
         if self._overflows > (_OVERFLOWS_IN_A_ROW if self.scaler.is_enabled() else 0):
             raise UserError(_diagnose(watched))
@@ -189,6 +186,8 @@ class Trainer:
         patience: int = -1,
         resume: dict[str, Any] | None = None,
         prepare: Callable[[int], Iterable[None]] = lambda epoch: (),
+        log_every: int = 0,
+        explain_slow_data: Callable[[Pace], str] | None = None,
     ) -> FitResult:
         """Collective. Train until `epochs` are complete or `patience` of them brought nothing.
 
@@ -198,8 +197,9 @@ class Trainer:
         validate: scores by name, one of them `best_by` ('loss' is better when lower, 'iou' and
         'dice' when higher). patience: -1 means half of the epochs, 0 never stops. resume: what
         `saved.load_last()` returned. prepare(epoch): collective work before that epoch's first
-        step, which gives way now and then, on all ranks equally often. Epochs count from 0 in plan
-        and loader, from 1 in records.
+        step, which gives way now and then, on all ranks equally often. log_every: steps between two
+        lines about them, see StepLog. explain_slow_data: what to say, once, when an epoch has
+        waited long for its batches. Epochs count from 0 in plan and loader, from 1 in records.
 
         Raises Interrupted when a signal came and the state was saved; UserError when the loss is
         not finite, the GPU's memory is too small or the folder cannot be written.
@@ -212,6 +212,8 @@ class Trainer:
         def goes_on() -> bool:
             return self.progress.epoch < epochs and self.progress.stale < limit
 
+        self._lines = StepLog(log_every, logbook, self.meter, self.process)
+        self._explain_slow_data = explain_slow_data
         with StopSignal() as stop, explain_out_of_memory():
             while goes_on():
                 watch = [time.monotonic()]
@@ -234,19 +236,23 @@ class Trainer:
     def _epoch(self, plan, make_batches, logbook, epochs: int) -> Iterator[None]:
         """Take the steps that are left of this epoch; give way between any two of them."""
         self.model.train()
+        self.meter.start()
+        self._lines.start_epoch(self.sums)
         epoch, first, last = self.progress.epoch, self.progress.step, plan.steps_per_epoch
         batches: Iterator[Batch] = iter(())
         if first < last:
             # A loader draws a seed when it starts; a resumed epoch starts it once more, and must
             # not move the random numbers of the model.
             with torch.random.fork_rng(devices=[]):
-                batches = iter(make_batches(epoch, first))
+                batches = self.meter.watch(make_batches(epoch, first))
                 batches = chain([*islice(batches, 1)], batches)
         bar = logbook.progress(range(first, last), f"epoch {epoch + 1}/{epochs}", unit="step")
         for step in bar:
             micro_batches, global_count = plan.step(epoch, step)
             self.train_step(islice(batches, len(micro_batches)), global_count)
             self.progress.step = step + 1
+            self.meter.step(global_count)
+            self._lines.step(self.progress, self.steps_done, self.sums, self._watched.norm)
             if step + 1 < last:
                 yield
 
@@ -260,6 +266,7 @@ class Trainer:
         self.check()
         train = self.sums.means()  # waits for the device
         trained = time.monotonic()
+        speed = self._speed(logbook)
         with torch.random.fork_rng(devices=[]):  # loaders again
             scores = distributed.broadcast_object(validate())
         improved = self.progress.judge(scores[best_by], best_by)
@@ -273,6 +280,7 @@ class Trainer:
             "seconds": time.monotonic() - watch[0],
             "prepare_seconds": watch[1] - watch[0],
             "train_seconds": trained - watch[1],
+            "speed": speed,
         }
         logbook.epoch(record)
         if improved:
@@ -282,6 +290,16 @@ class Trainer:
         self.progress.epoch += 1
         self.progress.step = 0
         self.sums = Sums(self.process.device)
+
+    def _speed(self, logbook) -> dict[str, float]:
+        """Collective. How fast the epoch's steps were; the first time that they waited too long for
+        data, that is said as well."""
+        self._lines.flush()
+        speed, settled = speed_of_epoch(self.meter, self.process)
+        if self._explain_slow_data and settled and settled.data_wait > SLOW_DATA:
+            logbook.say(self._explain_slow_data(settled))
+            self._explain_slow_data = None
+        return speed
 
     def _interrupt(self, saved: Checkpoints, plan, epochs: int) -> None:
         self._save_last(saved, plan, epochs)
@@ -296,6 +314,7 @@ class Trainer:
     def _save_last(self, saved: Checkpoints, plan, epochs: int) -> None:
         """Collective. Write everything needed to go on, unless the latest step went wrong."""
         self.check()
+        self._lines.flush()
         mine = {"sums": self.sums.state(), "rng": _random_state(self.process.device)}
         of_ranks = distributed.gather_objects(mine)
         model, optimizer = adapted_state(self.model), optimizer_state(self.optimizer)
