@@ -99,7 +99,9 @@ def _build(config: BenchmarkConfig) -> PromptedSam:
     """The model on the CPU."""
     options, prompt, classes = config.model, config.prompts.prompt, config.benchmark.num_classes
     checkpoint = None if options.checkpoint == "auto" else find_checkpoint(options)
-    return build_model(options, config.adapter, prompt, checkpoint, config.run.seed, classes)
+    model = build_model(options, config.adapter, prompt, checkpoint, config.run.seed, classes)
+    model.base_keys = frozenset(model.state_dict())  # as if they came from a file
+    return model
 
 
 def _batch(config: BenchmarkConfig, model: PromptedSam) -> Batch:

@@ -24,10 +24,11 @@ from samtune.engine import distributed
 from samtune.engine.distributed import Process
 from samtune.engine.evaluator import Scorer
 from samtune.engine.logbook import Logbook
+from samtune.engine.optim import NUMBERS, resolve_precision
 from samtune.errors import UserError
 from samtune.metrics.classes import ClassCounts
 from samtune.metrics.region import region_scores
-from samtune.models.anatomy import attention_blocks, checkpoint_activations
+from samtune.models.anatomy import attention_blocks, checkpoint_activations, hold_frozen
 from samtune.models.segmenter import PromptedSam
 from samtune.structures import Batch
 
@@ -101,8 +102,12 @@ def evaluation_loader(
 def to_train(model: PromptedSam, options: OptimOptions, process: Process) -> nn.Module:
     """Collective. The model as training calls it, made ready in the one legal order.
 
-    Nothing but an optimizer may follow; evaluation goes on with the model itself.
+    Nothing but an optimizer may follow; evaluation goes on with the model itself. Frozen weights
+    that the base checkpoint brings are held in half precision where training computes in it.
     """
+    precision = resolve_precision(options.precision, process.device)
+    if precision != "fp32" and not options.shard:  # FSDP wants one number format for all
+        hold_frozen(model, NUMBERS[precision])
     checkpoint_activations(model.image_encoder, options.activation_checkpointing)
     shard_by = attention_blocks(model.image_encoder) if options.shard else ()
     return distributed.wrap(model, process, shard_by)

@@ -16,15 +16,19 @@ too; any other reads a single zero, (1, 1, 1, C), beside the grid where windows 
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from samtune.errors import UserError
+
+if TYPE_CHECKING:
+    from samtune.models.segmenter import PromptedSam
 
 
 def attention_blocks(encoder: nn.Module) -> list[nn.Module]:
@@ -70,17 +74,17 @@ def checkpoint_activations(encoder: nn.Module, which: str = "yes") -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def hold_frozen(encoder: nn.Module, dtype: torch.dtype, names: Container[str]) -> None:
-    """Keep the frozen weights of linear and convolution layers in the number format of autocast.
+def hold_frozen(model: PromptedSam, dtype: torch.dtype) -> None:
+    """Keep the image encoder's frozen linear and convolution weights in autocast's number format.
 
-    In place; nothing else changes, as autocast would convert them before each use, and keep the
-    copy for the backward pass. names: the tensors (as in the encoder's state dict) that may be held
-    so: what is saved from here must not have lost digits.
+    In place. No result changes: autocast would convert them before each use, and keep the copy for
+    the backward pass. Only what the base checkpoint brings, for what is saved from here must not
+    lose digits.
     """
-    for prefix, layer in encoder.named_modules():
+    for prefix, layer in model.image_encoder.named_modules(prefix="image_encoder"):
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
             for name, parameter in layer.named_parameters(recurse=False):
-                if not parameter.requires_grad and f"{prefix}.{name}" in names:
+                if not parameter.requires_grad and f"{prefix}.{name}" in model.base_keys:
                     parameter.data = parameter.data.to(dtype)
 
 
