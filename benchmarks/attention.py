@@ -4,7 +4,7 @@
 
 One block's attention of vit_b, its weights frozen, its input with a gradient: the global one, or
 with --window 14 that of the windows. `samtune.models.attention.FORMS` lists the forms by name;
-while there is no such table the only form is 'default'. 'stock' is that of segment_anything.
+'default' is the device's, 'stock' that of segment_anything.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "code"))
 
-from samtune.models import attention as own
+from samtune.models.attention import FORMS, RelativeAttention
 
 WIDTH, HEADS, PATCH = 768, 12, 16  # vit_b's
 
@@ -34,12 +34,11 @@ def build(form: str, grid: int) -> nn.Module:
     nn.init.normal_(stock.rel_pos_w, std=0.02)
     if form == "stock":
         return stock
-    forms = {"default": None, **getattr(own, "FORMS", {})}
+    forms = ("default", *FORMS)
     if form not in forms:
         raise SystemExit(f"--form {form}: there are stock, {', '.join(forms)}")
-    module = own.RelativeAttention(stock)
-    if form != "default":
-        module.form = form
+    module = RelativeAttention(stock)
+    module.form = "" if form == "default" else form
     return module
 
 

@@ -252,7 +252,7 @@ _ATTENTION = Group(
     "forms of attention, vit_b's global block at 1024 px, forward and backward",
     tuple(
         Cell(name, "attention", f"--form {name} --steps 2", seconds=25)
-        for name in ("stock", "default")
+        for name in ("stock", "chunked", "augmented", "biased")
     ),
 )
 CPU_GRID = (
@@ -309,7 +309,7 @@ GPU_GRID = (
         "forms of attention, vit_b's global block, 8 images, bf16",
         tuple(
             Cell(n, "attention", f"--form {n} {_EIGHT} --precision bf16 --steps 20", seconds=10)
-            for n in ("stock", "default")
+            for n in ("stock", "augmented", "biased", "flexible")
         ),
     ),
     Group(

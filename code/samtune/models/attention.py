@@ -7,7 +7,7 @@ projects the padding of border windows. None of this is needed for the same resu
 Which form computes it: on a CPU `relative_attention`, which says what it was measured against. On
 other devices positions become further channels of queries and keys, so that torch's fused kernels
 take it and nothing of the size of all pairs exists; no GPU has judged yet between this and the
-other two of `FORMS`.
+others of `FORMS` (`benchmarks/run.py --only gpu-attention` asks one).
 
 Source: facebookresearch/segment-anything dca509f; decomposed positions: arXiv 2112.01526.
 """
@@ -34,6 +34,7 @@ class RelativeAttention(nn.Module):
 
     def __init__(self, stock: Attention | RelativeAttention):
         super().__init__()
+        self.form = ""  # one of `FORMS`; empty: the device's
         self.num_heads = stock.num_heads
         self.qkv = stock.qkv
         self.proj = stock.proj
@@ -53,7 +54,7 @@ class RelativeAttention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, h, w, 3, heads, d)
         rel_h = by_distance(self.rel_pos_h, height).to(qkv.dtype)
         rel_w = by_distance(self.rel_pos_w, width).to(qkv.dtype)
-        attend = FORMS["chunked" if x.device.type == "cpu" else "augmented"]
+        attend = FORMS[self.form or ("chunked" if x.device.type == "cpu" else "augmented")]
         outside = self._outside(x, window).to(qkv.dtype)
         return self.proj(attend(qkv, outside, rel_h, rel_w, window).flatten(3))
 
@@ -127,8 +128,34 @@ def biased(qkv: Tensor, outside: Tensor, rel_h: Tensor, rel_w: Tensor, window: l
     return _in_windows(attend, qkv, outside, window)
 
 
+def flexible(
+    qkv: Tensor, outside: Tensor, rel_h: Tensor, rel_w: Tensor, window: list[int]
+) -> Tensor:
+    """`relative_attention` by torch's FlexAttention, which adds positions to each logit as it is
+    made. On a GPU only: torch fuses it when it is compiled, and has no gradient for it on a CPU.
+    """
+    from torch.nn.attention.flex_attention import flex_attention  # it takes the compiler along
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        down, across = (x.flatten(2, 3) for x in _position_logits(q, rel_h, rel_w))
+        wide = window[1]
+
+        def with_positions(logit, b, head, query, key):
+            return logit + down[b, head, query, key // wide] + across[b, head, query, key % wide]
+
+        compiled = torch.compile(flex_attention) if q.is_cuda else flex_attention
+        return compiled(*(x.flatten(2, 3) for x in (q, k, v)), score_mod=with_positions)
+
+    return _in_windows(attend, qkv, outside, window)
+
+
 # How attention is computed: each takes and returns what `relative_attention` does.
-FORMS = {"chunked": relative_attention, "augmented": augmented, "biased": biased}
+FORMS = {
+    "chunked": relative_attention,
+    "augmented": augmented,
+    "biased": biased,
+    "flexible": flexible,
+}
 
 
 def _position_logits(q: Tensor, rel_h: Tensor, rel_w: Tensor) -> tuple[Tensor, Tensor]:
