@@ -16,6 +16,7 @@ from samtune.run_folder import RunFolder
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 TORCHRUNS = {"nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint", "help"}
+SLURMS = {"nodes", "gpus"}  # sbatch's flags, up to their first hyphen
 # run.sh's variables that are torchrun's
 NODES = {"NGPU", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"}
 COMPARES = {"adapters"}  # flags of `compare` itself; the others are those of `train`
@@ -37,7 +38,7 @@ def flags() -> set[str]:
 def test_every_flag_that_is_named_exists():
     named = set(re.findall(r"(?<![!\w/-])--([a-z][a-z_]+)", README))
     assert len(named) > 20
-    assert named - flags() - TORCHRUNS - COMPARES - set(config.RETIRED) == set()
+    assert named - flags() - TORCHRUNS - SLURMS - COMPARES - set(config.RETIRED) == set()
 
 
 def test_every_variable_of_the_launchers_that_is_named_exists():
