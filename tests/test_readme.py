@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 TORCHRUNS = {"nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint", "help"}
 SUITES = {"list", "only", "preset"}  # flags of benchmarks/run.py
+SLURMS = {"nodes", "gpus"}  # sbatch's flags, up to their first hyphen
 # run.sh's variables that are torchrun's
 NODES = {"NGPU", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"}
 COMPARES = {"adapters"}  # flags of `compare` itself; the others are those of `train`
@@ -38,7 +39,7 @@ def flags() -> set[str]:
 def test_every_flag_that_is_named_exists():
     named = set(re.findall(r"(?<![!\w/-])--([a-z][a-z_]+)", README))
     assert len(named) > 20
-    assert named - flags() - TORCHRUNS - SUITES - COMPARES - set(config.RETIRED) == set()
+    assert named - flags() - TORCHRUNS - SUITES - SLURMS - COMPARES - set(config.RETIRED) == set()
 
 
 def test_every_variable_of_the_launchers_that_is_named_exists():
