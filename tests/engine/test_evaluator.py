@@ -218,6 +218,12 @@ def test_progress_and_on_batch_hear_of_every_batch(model):
     assert shown[0][0].logits.shape == (2, 1, 2, 2)
 
 
+def test_scores_that_wait_on_the_device_are_moved_in_order(model, monkeypatch):
+    whole = Evaluator(model, [score], SINGLE).run(loader(9))
+    monkeypatch.setattr(evaluator_module, "_PARTS_AT_ONCE", 2)
+    assert Evaluator(model, [score], SINGLE).run(loader(9)).rows == whole.rows
+
+
 def test_scorers_that_need_no_model_get_none():
     scorer = lambda prediction, batch: {"blank": torch.tensor([float(prediction is None)] * 2)}  # noqa: E731
     assert Evaluator(None, [scorer], SINGLE).run(loader(2)).scores == {"blank": 1.0}
