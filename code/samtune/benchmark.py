@@ -13,13 +13,13 @@ from samtune.adapters import ADAPTERS, build_model
 from samtune.config import BenchmarkConfig, PromptOptions, Size
 from samtune.data.prompts import collate_prompts, make_prompt
 from samtune.engine import distributed
+from samtune.engine.compiling import check_compiler
 from samtune.engine.distributed import Process
-from samtune.engine.optim import build_optimizer, build_schedule
+from samtune.engine.optim import build_optimizer, build_schedule, use_tf32
 from samtune.engine.trainer import Trainer, explain_out_of_memory
 from samtune.losses import EveryAnswer, make_loss
-from samtune.models.anatomy import checkpoint_activations
 from samtune.models.weights import find_checkpoint
-from samtune.pipeline import validation_scores
+from samtune.pipeline import made_ready, validation_scores
 from samtune.structures import Batch, Frame, Frames, Prompts
 
 
@@ -33,20 +33,21 @@ def run(config: BenchmarkConfig, process: Process) -> dict:
         options = config.model
         task = classes, prompt = config.benchmark.num_classes, config.prompts.prompt
         ADAPTERS[options.adapter].check(options, prompt, classes)
+        if config.optim.compile:
+            check_compiler(process.device)
         checkpoint = None if options.checkpoint == "auto" else find_checkpoint(options)
         if options.train == "auto":
             options = replace(options, train="adapter")
         model = build_model(options, config.adapter, prompt, checkpoint, config.run.seed, classes)
         scorers, _ = validation_scores(*task, "loss")
     distributed.seed_everything(config.run.seed, process.rank, config.run.deterministic)
+    use_tf32(config.optim.tf32, process.device)
     counts = {
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "total_parameters": sum(p.numel() for p in model.parameters()),
     }
     image_size = model.image_size
-    if config.optim.activation_checkpointing:
-        checkpoint_activations(model.image_encoder)
-    wrapped = distributed.wrap(model, process)
+    wrapped = made_ready(model, config.optim, process)
     optimizer = build_optimizer(wrapped, config.optim)
     steps = config.benchmark.warmup + config.benchmark.steps
     trainer = Trainer(
@@ -64,10 +65,11 @@ def run(config: BenchmarkConfig, process: Process) -> dict:
     count = len(micro_batches) * config.loader.batch_size * process.world
     model.train()
     with explain_out_of_memory():
-        seconds = _time(trainer, micro_batches, count, config, process)
+        seconds, first = _time(trainer, micro_batches, count, config, process)
     result = {
         "images_per_second": round(count / seconds, 4),
         "seconds_per_step": round(seconds, 6),
+        "first_step_seconds": round(first, 6),
         "peak_memory_bytes": peak_memory(process),
         **counts,
         "adapter": options.adapter,
@@ -77,6 +79,8 @@ def run(config: BenchmarkConfig, process: Process) -> dict:
         "accumulate": config.optim.accumulate,
         "processes": process.world,
         "precision": trainer.precision,
+        "tf32": config.optim.tf32 and process.device.type == "cuda",
+        "compile": config.optim.compile,
         "activation_checkpointing": config.optim.activation_checkpointing,
         "train": options.train,
         "prompt": prompt,
@@ -123,8 +127,14 @@ def random_batch(
     )
 
 
-def _time(trainer, micro_batches, count: int, config: BenchmarkConfig, process: Process) -> float:
-    """Seconds per step, mean over the timed ones."""
+def _time(
+    trainer, micro_batches, count: int, config: BenchmarkConfig, process: Process
+) -> tuple[float, float]:
+    """Seconds per step, mean over the timed ones; and those of the very first step.
+
+    The first one compiles, tunes and allocates: with --warmup 0 it is among the timed ones, too.
+    """
+    began = time.perf_counter()
     for step in range(config.benchmark.warmup + config.benchmark.steps):
         if step == config.benchmark.warmup:
             _wait(process)
@@ -132,9 +142,12 @@ def _time(trainer, micro_batches, count: int, config: BenchmarkConfig, process: 
                 torch.cuda.reset_peak_memory_stats(process.device)
             start = time.perf_counter()
         trainer.train_step(micro_batches, count)
+        if step == 0:
+            _wait(process)
+            first = time.perf_counter() - began
     trainer.check()
     _wait(process)
-    return (time.perf_counter() - start) / config.benchmark.steps
+    return (time.perf_counter() - start) / config.benchmark.steps, first
 
 
 def _wait(process: Process) -> None:

@@ -1,10 +1,17 @@
-"""The way from files to a model's input, composed: what `train` and `evaluate` share."""
+"""The way from files to a model's input and to steps, composed: what several verbs share."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from samtune.config import LoaderOptions, PromptOptions, ReadOptions, Size, answers_classes
+from samtune.config import (
+    LoaderOptions,
+    OptimOptions,
+    PromptOptions,
+    ReadOptions,
+    Size,
+    answers_classes,
+)
 from samtune.data.datasets import SegmentationDataset
 from samtune.data.files import Pair
 from samtune.data.loading import make_loader
@@ -12,12 +19,15 @@ from samtune.data.objects import settle_objects
 from samtune.data.sampler import eval_batches
 from samtune.data.scan import ScanReport, scan_pairs
 from samtune.engine import distributed
+from samtune.engine.compiling import compile_blocks
 from samtune.engine.distributed import Process
 from samtune.engine.evaluator import Scorer
 from samtune.engine.logbook import Logbook
 from samtune.errors import UserError
 from samtune.metrics.classes import ClassCounts
 from samtune.metrics.region import region_scores
+from samtune.models.anatomy import attention_blocks, checkpoint_activations
+from samtune.models.segmenter import PromptedSam
 from samtune.structures import Batch
 
 
@@ -105,3 +115,15 @@ def original_boxes(batch: Batch) -> Tensor | None:
     if batch.prompts.image_index is not None:
         scale = scale[batch.prompts.image_index]
     return (batch.prompts.boxes.double() * scale.flip(1).repeat(1, 2)).round()  # x, y, x, y
+
+
+def made_ready(model: PromptedSam, options: OptimOptions, process: Process) -> nn.Module:
+    """Collective. The model as it is to be trained: compiled, forgetful, on its device, in DDP.
+
+    The order counts: what activation checkpointing runs again is what was compiled.
+    """
+    if options.compile:
+        compile_blocks(attention_blocks(model.image_encoder))
+    if options.activation_checkpointing:
+        checkpoint_activations(model.image_encoder)
+    return distributed.wrap(model, process)

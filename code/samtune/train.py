@@ -18,17 +18,23 @@ from samtune.data.sample_data import SampleSet, make_sample_set
 from samtune.data.sampler import TrainPlan
 from samtune.engine import distributed
 from samtune.engine.checkpoint import Checkpoints
+from samtune.engine.compiling import check_compiler
 from samtune.engine.distributed import Process
 from samtune.engine.evaluator import Evaluator
 from samtune.engine.logbook import Logbook, parameter_summary
-from samtune.engine.optim import build_optimizer, build_schedule
+from samtune.engine.optim import build_optimizer, build_schedule, use_tf32
 from samtune.engine.trainer import Trainer
 from samtune.errors import UserError
 from samtune.losses import EveryAnswer, make_loss
-from samtune.models.anatomy import checkpoint_activations
 from samtune.models.segmenter import PromptedSam
 from samtune.models.weights import find_checkpoint
-from samtune.pipeline import check_pairs, evaluation_loader, usable, validation_scores
+from samtune.pipeline import (
+    check_pairs,
+    evaluation_loader,
+    made_ready,
+    usable,
+    validation_scores,
+)
 from samtune.run_folder import RunFolder, new_name
 from samtune.sources import complete_named, said_of, scored_sets, training_pairs
 from samtune.trained import describe
@@ -49,6 +55,8 @@ def run(config: TrainConfig, resumed: RunFolder | None, process: Process) -> Tra
             find_checkpoint(config.model)
             ADAPTERS[config.model.adapter].settle(config.adapter, config.model.download)
     with distributed.together():
+        if config.optim.compile:
+            check_compiler(process.device)
         config, remark = _settle(config)
         model, metadata = _build(config, resumed is not None)
         train_pairs, val_pairs = training_pairs(config.data, config.read)
@@ -72,6 +80,8 @@ def run(config: TrainConfig, resumed: RunFolder | None, process: Process) -> Tra
     try:
         if remark and not resumed:
             logbook.say(remark)
+        if said := use_tf32(config.optim.tf32, process.device):
+            logbook.say(said)
         _introduce(config, model, len(train_pairs), len(val_pairs), process, folder, logbook)
         result = _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state)
         logbook.curves()
@@ -200,14 +210,12 @@ def _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state):
     task = config.read.num_classes, config.prompts.prompt
     criterion = make_loss(config.loss, *task)
     scorers, counter = validation_scores(*task, run.best_by)
-    if options.activation_checkpointing:
-        checkpoint_activations(model.image_encoder)
-    wrapped = distributed.wrap(model, process)
+    wrapped = made_ready(model, options, process)
     optimizer = build_optimizer(wrapped, options)
     schedule = build_schedule(optimizer, options, run.epoch * plan.steps_per_epoch)
     trainer = Trainer(
         wrapped, EveryAnswer(criterion), scorers, optimizer, schedule, process,
-        clip_norm=options.clip_norm, precision=options.precision,
+        clip_norm=options.clip_norm, precision=options.precision, tell_first_step=options.compile,
     )  # fmt: skip
 
     on_gpu = process.device.type == "cuda"
