@@ -19,6 +19,7 @@ FORMS = (
     ("decoder", {"model_type": "vit_l"}),
     ("decoder", {"model_type": "vit_h"}),
     ("sam_adapter", {"variant": "official"}),
+    ("sam_adapter", {"adapter_blocks": "8-11"}),
     ("ts_sam", {"model_type": "vit_h"}),
     ("ts_sam", {"use_fft": True}),
     ("adaptformer", {"form": "gsam"}),

@@ -16,9 +16,10 @@ from samtune import probe
 from samtune.adapters import ADAPTERS, build_model
 from samtune.config import BenchmarkConfig, Size
 from samtune.engine import distributed
+from samtune.engine.compiling import check_compiler
 from samtune.engine.distributed import Process
 from samtune.engine.evaluator import Evaluator
-from samtune.engine.optim import build_optimizer, build_schedule, resolve_precision
+from samtune.engine.optim import build_optimizer, build_schedule, resolve_precision, use_tf32
 from samtune.engine.throughput import peak_memory
 from samtune.engine.trainer import Trainer, explain_out_of_memory
 from samtune.errors import UserError
@@ -26,14 +27,17 @@ from samtune.losses import EveryAnswer, make_loss
 from samtune.machine import Stopwatch, device_name, matmul_peak
 from samtune.models.segmenter import PromptedSam
 from samtune.models.weights import find_checkpoint
-from samtune.pipeline import to_train, validation_scores
+from samtune.pipeline import prepare, to_train, validation_scores
 from samtune.random_data import random_batch
 from samtune.structures import Batch
 
 
 class Timed(NamedTuple):
-    """seconds: of each timed step. peak: bytes, see `peak_memory`."""
+    """seconds: of each timed step. first: of the very first one, which compiles, tunes, allocates.
+    peak: bytes, see `peak_memory`.
+    """
 
+    first: float
     seconds: list[float]
     peak: int
 
@@ -49,11 +53,14 @@ def run(config: BenchmarkConfig, process: Process) -> dict:
     if config.benchmark.probe:
         return _print(probe.run(config, process), process)
     with distributed.together():
+        if config.optim.compile:
+            check_compiler(process.device)
         model = _build(config)
         batch = _batch(config, model)
         if config.optim.accumulate < 1:
             raise UserError(f"--accumulate {config.optim.accumulate}: must be at least 1")
     distributed.seed_everything(config.run.seed, process.rank, config.run.deterministic)
+    use_tf32(config.optim.tf32, process.device)
     facts = _facts(config, model, process)
     with explain_out_of_memory():
         time_steps = _time_scoring if config.benchmark.evaluate else _time_training
@@ -66,6 +73,7 @@ def run(config: BenchmarkConfig, process: Process) -> dict:
         "seconds_per_step": round(seconds, 6),
         "median_seconds": round(statistics.median(timed.seconds), 6),
         "seconds_of_steps": [round(lap, 6) for lap in timed.seconds],
+        "first_step_seconds": round(timed.first, 6),
         "peak_memory_bytes": timed.peak,
         **(_share_of_peak(config, batch, timed, process) if config.benchmark.peak else {}),
         **facts,
@@ -131,6 +139,8 @@ def _facts(config: BenchmarkConfig, model: PromptedSam, process: Process) -> dic
         "accumulate": 1 if config.benchmark.evaluate else config.optim.accumulate,
         "processes": process.world,
         "precision": resolve_precision(config.optim.precision, process.device),
+        "tf32": config.optim.tf32 and process.device.type == "cuda",
+        "compile": config.optim.compile,
         "activation_checkpointing": config.optim.activation_checkpointing,
         "shard": config.optim.shard,
         "train": config.model.train,
@@ -162,35 +172,39 @@ def _time_training(config, model: PromptedSam, batch: Batch, process: Process) -
     micro_batches = [batch] * config.optim.accumulate
     count = len(micro_batches) * config.loader.batch_size * process.world
     model.train()
-    watch = Stopwatch(process.device)
+    watch, first = Stopwatch(process.device), Stopwatch(process.device)
+    first.mark()
     for step in range(timed.warmup + timed.steps):
         if step == timed.warmup:
             _begin(watch, process)
         trainer.train_step(micro_batches, count)
+        if step == 0:
+            first.mark()
         if step >= timed.warmup:
             watch.mark()
     trainer.check()
-    return Timed(watch.laps(), peak_memory(process))
+    return Timed(*first.laps(), watch.laps(), peak_memory(process))
 
 
 def _time_scoring(config, model: PromptedSam, batch: Batch, process: Process) -> Timed:
     """Batches as validation takes them: encoded, decoded in parts, scored."""
     task = config.benchmark.num_classes, config.prompts.prompt
     scorers, counter = validation_scores(*task, "loss")
+    prepare(model.requires_grad_(False), config.optim, process)
     evaluator = Evaluator(
-        model.to(process.device).requires_grad_(False),
+        model.to(process.device),
         [make_loss(config.loss, *task).scores, *scorers],
         process,
         config.optim.precision,
         counter,
         config.loader.decode_rows,
     )
-    timed, watch = config.benchmark, Stopwatch(process.device)
-    if timed.warmup:
-        evaluator.run(repeat(batch, timed.warmup))
+    timed, watch, first = config.benchmark, Stopwatch(process.device), Stopwatch(process.device)
+    first.mark()
+    evaluator.run(repeat(batch, max(timed.warmup, 1)), progress=lambda _: first.mark())
     _begin(watch, process)
     evaluator.run(repeat(batch, timed.steps), progress=lambda _: watch.mark())
-    return Timed(watch.laps(), peak_memory(process))
+    return Timed(first.laps()[0], watch.laps(), peak_memory(process))
 
 
 def _begin(watch: Stopwatch, process: Process) -> None:

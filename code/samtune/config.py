@@ -396,6 +396,15 @@ class OptimOptions:
         "'auto': bf16 where the GPU has it, else fp16 on a GPU, fp32 on a CPU",
         ("auto", "fp32", "bf16", "fp16"),
     )
+    tf32: bool = option(
+        False,
+        "on a GPU, let what is computed in float32 multiply in TF32: faster, 10 bits of mantissa",
+    )
+    compile: bool = option(
+        False,
+        "compile the image encoder's blocks (torch.compile): faster steps after a slow first one, "
+        "the same numbers up to rounding; a CPU needs a C++ compiler",
+    )
 
     def __post_init__(self):
         blocks = read_recompute(self.activation_checkpointing)
@@ -595,7 +604,7 @@ def answers_classes(num_classes: int, prompt: str) -> bool:
 FREE_ON_RESUME = {
     "epoch", "patience", "workers", "timeout", "save_pth", "log_every", "wandb", "wandb_mode",
     "project_name", "resume", "test_image_dir", "test_mask_dir", "test_slice", "test_list",
-    "test_shards", "test_datasets", "test_data_root", "cache_dir", "cache_limit",
+    "test_shards", "test_datasets", "test_data_root", "cache_dir", "cache_limit", "compile",
 }  # fmt: skip
 
 # Flags of the parent repository that torchrun has made needless: accepted, and said so.

@@ -1,4 +1,4 @@
-"""The way from files to a model's input, composed: what `train` and `evaluate` share."""
+"""The way from files to a model's input and to steps, composed: what several verbs share."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from samtune.data.objects import settle_objects
 from samtune.data.sampler import eval_batches
 from samtune.data.scan import ScanReport, scan_pairs
 from samtune.engine import distributed
+from samtune.engine.compiling import compile_blocks
 from samtune.engine.distributed import Process
 from samtune.engine.evaluator import Scorer
 from samtune.engine.logbook import Logbook
@@ -102,15 +103,25 @@ def evaluation_loader(
 def to_train(model: PromptedSam, options: OptimOptions, process: Process) -> nn.Module:
     """Collective. The model as training calls it, made ready in the one legal order.
 
-    Nothing but an optimizer may follow; evaluation goes on with the model itself. Frozen weights
-    that the base checkpoint brings are held in half precision where training computes in it.
+    Nothing but an optimizer may follow; evaluation goes on with the model itself.
+    """
+    prepare(model, options, process)
+    shard_by = attention_blocks(model.image_encoder) if options.shard else ()
+    return distributed.wrap(model, process, shard_by)
+
+
+def prepare(model: PromptedSam, options: OptimOptions, process: Process) -> None:
+    """How the image encoder's blocks compute, in place; names and results stay as they are.
+
+    Frozen weights that the base checkpoint brings are held in half precision where it computes so.
     """
     precision = resolve_precision(options.precision, process.device)
     if precision != "fp32" and not options.shard:  # FSDP wants one number format for all
         hold_frozen(model, NUMBERS[precision])
+    if options.compile:
+        compile_blocks(attention_blocks(model.image_encoder))
+    # After compiling: what is computed again is what was compiled.
     checkpoint_activations(model.image_encoder, options.activation_checkpointing)
-    shard_by = attention_blocks(model.image_encoder) if options.shard else ()
-    return distributed.wrap(model, process, shard_by)
 
 
 def validation_scores(

@@ -21,10 +21,11 @@ from samtune.data.sample_data import SampleSet, make_sample_set
 from samtune.data.sampler import EpochBatches, TrainPlan
 from samtune.engine import distributed
 from samtune.engine.checkpoint import Checkpoints
+from samtune.engine.compiling import check_compiler
 from samtune.engine.distributed import Process
 from samtune.engine.evaluator import Evaluator
 from samtune.engine.logbook import Logbook, parameter_summary
-from samtune.engine.optim import build_optimizer, build_schedule
+from samtune.engine.optim import build_optimizer, build_schedule, use_tf32
 from samtune.engine.throughput import Pace
 from samtune.engine.trainer import Trainer
 from samtune.errors import UserError
@@ -70,6 +71,8 @@ def run(config: TrainConfig, resumed: RunFolder | None, process: Process) -> Tra
     distributed.once_per_machine(process, fetch)
     indexes = look_into_shards(process, config.data, config.test)
     with distributed.together():
+        if config.optim.compile:
+            check_compiler(process.device)
         config, remark = _settle(config)
         model, metadata = _build(config, resumed is not None)
         train_pairs, val_pairs = training_pairs(config.data, config.read, indexes)
@@ -105,6 +108,8 @@ def run(config: TrainConfig, resumed: RunFolder | None, process: Process) -> Tra
     try:
         if remark and not resumed:
             logbook.say(remark)
+        if said := use_tf32(config.optim.tf32, process.device):
+            logbook.say(said)
         _introduce(config, model, len(train_pairs), len(val_pairs), process, folder, logbook)
         result = _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state)
         logbook.curves()
@@ -261,7 +266,7 @@ def _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state):
     schedule = build_schedule(optimizer, options, run.epoch * plan.steps_per_epoch)
     trainer = Trainer(
         wrapped, EveryAnswer(criterion), scorers, optimizer, schedule, process,
-        clip_norm=options.clip_norm, precision=options.precision,
+        clip_norm=options.clip_norm, precision=options.precision, tell_first_step=options.compile,
     )  # fmt: skip
 
     caching = keep = None

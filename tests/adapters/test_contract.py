@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from samtune.adapters import ADAPTERS, build_model, build_untuned
 from samtune.adapters.options import (
@@ -17,8 +18,9 @@ from samtune.adapters.options import (
 )
 from samtune.config import ModelOptions
 from samtune.engine.checkpoint import load_adapted, save_adapted
+from samtune.engine.compiling import compile_blocks
 from samtune.errors import UserError
-from samtune.models.anatomy import checkpoint_activations
+from samtune.models.anatomy import attention_blocks, checkpoint_activations
 from samtune.models.sam import build_sam
 from samtune.structures import Prompts
 
@@ -39,6 +41,12 @@ VARIANTS = [(name, SMALL.get(name, adapter.options())) for name, adapter in ADAP
     ("lora", LoraOptions(form="gsam")),
     ("conv_lora", ConvLoraOptions(rank=2, alpha=4, experts=3)),
     ("conv_lora", ConvLoraOptions(form="gsam")),
+    # Late blocks only; every form of these is in test_adapter_blocks.py.
+    ("sam_adapter", SamAdapterOptions(adapter_blocks="1")),
+    ("sam_adapter", SamAdapterOptions(variant="official", adapter_blocks="1")),
+    ("adaptformer", AdaptFormerOptions(adapter_blocks="1")),
+    ("lora", LoraOptions(adapter_blocks="1")),
+    ("conv_lora", ConvLoraOptions(adapter_blocks="1")),
 ]
 BACKBONES = {"vit": "tiny", "tiny_vit": "tiny_t"}  # the small model type of each family
 MODELS = [
@@ -348,6 +356,7 @@ def test_the_start_is_sam(checkpoint, model_type, name, options):
 def nothing_compiled():
     """The limit of compiled versions of one function counts those of earlier tests."""
     torch.compiler.reset()
+    counters.clear()
 
 
 @pytest.mark.usefixtures("nothing_compiled")
@@ -375,15 +384,17 @@ def test_blocks_compile_in_training(checkpoint, model_type, name, options):
     def train(compiled: bool):
         model = build(checkpoint, model_type, name, options, prompt).train()
         stir(model)
+        names = list(model.state_dict())
         if compiled:
-            for block in model.image_encoder.blocks:
-                block.compile(backend="eager", fullgraph=True)
+            compile_blocks(attention_blocks(model.image_encoder), "aot_eager")
         torch.manual_seed(3)
         prediction = model(image, prompts)
         loss_of(prediction).backward()
+        assert list(model.state_dict()) == names
         return prediction.logits, [p.grad for p in model.parameters() if p.requires_grad]
 
     (expected, gradients), (logits, compiled_gradients) = train(False), train(True)
+    assert counters["stats"]["unique_graphs"] > 0 and not counters["graph_break"]
     assert torch.allclose(logits, expected, atol=1e-5)
     assert all(map(partial(torch.allclose, atol=1e-5), compiled_gradients, gradients))
 

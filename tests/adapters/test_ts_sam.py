@@ -7,10 +7,11 @@ import torch
 
 from samtune.adapters import ADAPTERS, build_model
 from samtune.adapters.options import TsSamOptions
-from samtune.adapters.ts_sam import SideAdapter, choose_blocks
+from samtune.adapters.ts_sam import SideAdapter
 from samtune.config import ModelOptions
 from samtune.engine.checkpoint import adapted_state, load_adapted
 from samtune.errors import UserError
+from samtune.models.block_lists import choose_blocks
 from samtune.models.sam import build_sam
 from samtune.structures import Prompts
 

@@ -1,5 +1,6 @@
 """AdamW decays what it should; the learning rate ends where it should."""
 
+import copy
 from itertools import pairwise
 
 import pytest
@@ -8,7 +9,13 @@ from engine_standins import new_model
 from torch import nn
 
 from samtune.config import OptimOptions
-from samtune.engine.optim import autocast, build_optimizer, build_schedule, resolve_precision
+from samtune.engine.optim import (
+    autocast,
+    build_optimizer,
+    build_schedule,
+    resolve_precision,
+    use_tf32,
+)
 from samtune.errors import UserError
 
 CPU = torch.device("cpu")
@@ -93,6 +100,45 @@ def test_impossible_options_name_their_flag(options, flag):
 def test_a_model_that_is_frozen_throughout_is_refused():
     with pytest.raises(ValueError, match="trains"):
         build_optimizer(nn.Linear(2, 2).requires_grad_(False), OptimOptions())
+
+
+def test_what_adamw_kept_in_plain_steps_goes_on_in_fused_ones():
+    """A run from before goes on: the same path up to rounding, from the state in its file."""
+
+    def steps(model, optimizer, numbers):
+        for number in numbers:
+            x = torch.randn(4, 3, generator=torch.Generator().manual_seed(number))
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    torch.manual_seed(0)
+    plain = nn.Linear(3, 3)
+    before = torch.optim.AdamW(plain.parameters(), lr=0.01, weight_decay=0, fused=False)
+    steps(plain, before, range(5))
+    fused = copy.deepcopy(plain)
+    after = build_optimizer(fused, OptimOptions(lr=0.01, weight_decay=0))
+    state = copy.deepcopy(before.state_dict())["state"]
+    groups = after.state_dict()["param_groups"]  # weight and bias apart, in that order
+    after.load_state_dict({"state": state, "param_groups": groups})
+    assert [group["fused"] for group in after.param_groups] == [True, True]
+    steps(plain, before, range(5, 10))
+    steps(fused, after, range(5, 10))
+    for ours, expected in zip(fused.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-4 * 0.01)
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_tf32_is_said_and_set_on_a_gpu_only(monkeypatch, wanted):
+    """Off, convolutions are exact, too: torch by itself takes TF32 for them."""
+    chosen = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", not wanted)
+    line = use_tf32(wanted, CPU)
+    assert chosen == [] and ("no effect" in line) is wanted
+    line = use_tf32(wanted, torch.device("cuda"))
+    assert chosen == ["high" if wanted else "highest"]
+    assert torch.backends.cudnn.allow_tf32 is wanted and ("TF32" in line) is wanted
 
 
 def test_precision_auto_is_fp32_on_a_cpu_and_fp16_is_refused_there():

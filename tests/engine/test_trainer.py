@@ -453,3 +453,14 @@ def test_a_loader_that_ends_early_is_a_defect_and_said_so():
 def test_the_step_reads_as_a_step():
     """It fits one screen."""
     assert len(inspect.getsource(Trainer.train_step).splitlines()) <= 40
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_the_first_step_of_a_run_is_timed_where_it_compiles(tmp_path, told):
+    model, plan, diary = new_model(), Plan(6, 2), Diary()
+    trainer = new_trainer(model, ALONE, plan, epochs=2, tell_first_step=told)
+    saved = Checkpoints(RunFolder(tmp_path), METADATA)
+    trainer.fit(plan, make_batches(plan), scores_of(model), diary, saved, epochs=2, patience=0)
+    assert len(diary.records) == 2
+    lines = [line for line in diary.said if line.startswith("first step, with compiling: ")]
+    assert len(lines) == told

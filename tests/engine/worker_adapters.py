@@ -34,12 +34,14 @@ from samtune.data.files import find_pairs
 from samtune.data.loading import make_loader
 from samtune.data.sampler import TrainPlan
 from samtune.engine import distributed
+from samtune.engine.compiling import compile_blocks
 from samtune.engine.evaluator import Evaluator
 from samtune.engine.optim import build_optimizer, build_schedule
 from samtune.engine.trainer import Trainer
 from samtune.losses import EveryAnswer, MaskLoss
 from samtune.metrics.region import region_scores
 from samtune.models import MODEL_TYPES
+from samtune.models.anatomy import attention_blocks
 from samtune.pipeline import evaluation_loader
 
 TINY = replace(
@@ -52,6 +54,9 @@ OPTIONS = [(name, SMALL.get(name, adapter.options())) for name, adapter in ADAPT
 OPTIONS += [("sam_adapter", SamAdapterOptions(variant="official"))]
 OPTIONS += [("lora", LoraOptions(adapt_decoder=True)), ("lora", LoraOptions(form="gsam"))]
 OPTIONS += [("conv_lora", ConvLoraOptions(form="gsam"))]
+OPTIONS += [("sam_adapter", SamAdapterOptions(adapter_blocks="1"))]
+COMPILED = LoraOptions(adapter_blocks="1")  # and its blocks compiled
+OPTIONS += [("lora", COMPILED)]
 SAMPLES = 7  # no multiple of any global batch here: the last step of an epoch is uneven
 # A filler enters the statistics of a BatchNorm that trains: these get even steps, and few, as their
 # small batches blow rounding up from step to step.
@@ -100,6 +105,8 @@ def train(name: str, options, prompt: str, accumulate: int, process, pictures: P
     per_process = 2 // process.world  # four with accumulation
     plan = TrainPlan(len(pairs), per_process, accumulate, process.rank, process.world, seed=4)
     distributed.seed_everything(9, process.rank)
+    if options == COMPILED:
+        compile_blocks(attention_blocks(model.image_encoder), "aot_eager")
     wrapped = distributed.wrap(model, process)
     settings = OptimOptions(lr=1e-3)
     optimizer = build_optimizer(wrapped, settings)

@@ -8,8 +8,8 @@ from samtune.models.anatomy import (
     attention_blocks,
     checkpoint_activations,
     hold_frozen,
-    parse_blocks,
 )
+from samtune.models.block_lists import choose_blocks
 from samtune.models.sam import build_sam
 from samtune.models.segmenter import PromptedSam
 
@@ -26,10 +26,10 @@ def test_blocks_that_compute_again(which, chosen):
 
 
 def test_blocks_that_are_not_there(tiny_t):
-    assert parse_blocks("x", "0,2,5-7", 8) == [0, 2, 5, 6, 7]
+    assert choose_blocks("x", "0,2,5-7", 8) == [0, 2, 5, 6, 7]
     for text in ("4", "2-9", "3-2"):
         with pytest.raises(UserError, match=f"--activation_checkpointing {text}: .* are 0-3"):
-            parse_blocks("activation_checkpointing", text, 4)
+            choose_blocks("activation_checkpointing", text, 4)
     with pytest.raises(UserError, match="global: no block"):
         checkpoint_activations(build_sam("tiny_t", 64).image_encoder, "global")
 

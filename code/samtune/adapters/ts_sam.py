@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from samtune.adapters.layers import AdaptedEncoder, high_pass, misread_channels
 from samtune.adapters.options import TsSamOptions
 from samtune.errors import UserError
-from samtune.models.anatomy import parse_blocks
+from samtune.models.block_lists import choose_blocks
 from samtune.models.sam import ImageEncoderViT, Sam
 from samtune.models.segmenter import NO_PROMPT, PromptedSam
 from samtune.structures import Prediction, Prompts
@@ -47,15 +47,6 @@ def build(sam: Sam, options: TsSamOptions) -> PromptedSam:
         published=options.embedding == "published",
     )
     return TwoStreamSam(sam)
-
-
-def choose_blocks(flag: str, text: str, depth: int, usual: int) -> list[int]:
-    """What `parse_blocks` reads; 'auto' -> the last `usual` of `depth` blocks; 'none' -> []."""
-    if text == "none":
-        return []
-    if text == "auto":
-        return list(range(max(depth - usual, 0), depth))
-    return parse_blocks(flag, text, depth)
 
 
 class Pyramid(NamedTuple):

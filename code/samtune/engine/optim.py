@@ -21,7 +21,7 @@ def build_optimizer(model: nn.Module, options: OptimOptions) -> AdamW:
     """AdamW over what trains; decay on the `weight` of linear and convolution layers only.
 
     Biases, norms, tokens and position tables do not decay: zero is no natural value for them.
-    Build it last, when the parameters are on their device. Fused on a GPU.
+    Build it last, when the parameters are on their device. Fused: one kernel for all of them.
     """
     if not options.lr > 0:
         raise UserError(f"--lr {options.lr}: the learning rate must be positive")
@@ -38,8 +38,7 @@ def build_optimizer(model: nn.Module, options: OptimOptions) -> AdamW:
         },
         {"params": [p for p in trainable if id(p) not in decaying], "weight_decay": 0.0},
     ]
-    fused = all(p.is_cuda for p in trainable)
-    return AdamW([g for g in groups if g["params"]], lr=options.lr, fused=fused or None)
+    return AdamW([g for g in groups if g["params"]], lr=options.lr, fused=True)
 
 
 def build_schedule(optimizer: Optimizer, options: OptimOptions, total_steps: int) -> LambdaLR:
@@ -74,6 +73,20 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     if precision == "fp16" and device.type == "cpu":
         raise UserError("--precision fp16 needs a GPU; on a CPU use fp32 or bf16")
     return precision
+
+
+def use_tf32(wanted: bool, device: torch.device) -> str:
+    """Choose how a GPU multiplies float32: in TF32 (10 bits of mantissa) if wanted, else in full.
+
+    Returns a line for the log, "" without the wish. Said in both directions, as torch by itself
+    takes TF32 for convolutions. These two switches are the ones that all its versions understand
+    together; a CPU's float32 stays what it is.
+    """
+    if device.type != "cuda":
+        return "--tf32 has no effect on a CPU: float32 stays float32" if wanted else ""
+    torch.set_float32_matmul_precision("high" if wanted else "highest")
+    torch.backends.cudnn.allow_tf32 = wanted
+    return "float32 products and convolutions in TF32 (--tf32): 10 bits of mantissa" * wanted
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:

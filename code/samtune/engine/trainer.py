@@ -72,6 +72,7 @@ class Trainer:
     criterion: (prediction, batch) -> total (R,) and its terms by name, each (R,). scorers: the same
     call -> scores by name, each (R,), for the log only. schedule steps once per optimizer step.
     clip_norm: 0 means no clipping. precision: 'auto', 'fp32', 'bf16' or 'fp16'.
+    tell_first_step: `fit` says how long the first step took, in which a model is compiled.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class Trainer:
         *,
         clip_norm: float = 0.0,
         precision: str = "auto",
+        tell_first_step: bool = False,
     ):
         self.model, self.criterion, self.scorers = model, criterion, scorers
         self.optimizer, self.schedule, self.process = optimizer, schedule, process
@@ -102,6 +104,7 @@ class Trainer:
         self.steps_done = 0
         self._watched: _Watched | None = None
         self._overflows = 0
+        self._tell_first_step = tell_first_step
 
     def train_step(self, micro_batches: Iterable[Batch], global_count: int) -> None:
         """One optimizer step over this rank's micro-batches; the host never waits for the device.
@@ -249,10 +252,15 @@ class Trainer:
         bar = logbook.progress(range(first, last), f"epoch {epoch + 1}/{epochs}", unit="step")
         for step in bar:
             micro_batches, global_count = plan.step(epoch, step)
+            began = time.monotonic()
             self.train_step(islice(batches, len(micro_batches)), global_count)
             self.progress.step = step + 1
             self.meter.step(global_count)
             self._lines.step(self.progress, self.steps_done, self.sums, self._watched.norm)
+            if self._tell_first_step:
+                self._tell_first_step = False
+                self.check()  # which waits for the device
+                logbook.say(f"first step, with compiling: {time.monotonic() - began:.1f} s")
             if step + 1 < last:
                 yield
 

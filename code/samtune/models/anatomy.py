@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from samtune.errors import UserError
+from samtune.models.block_lists import choose_blocks
 
 if TYPE_CHECKING:
     from samtune.models.segmenter import PromptedSam
@@ -36,24 +37,11 @@ def attention_blocks(encoder: nn.Module) -> list[nn.Module]:
     return list(encoder.blocks)
 
 
-def parse_blocks(flag: str, text: str, depth: int) -> list[int]:
-    """'0,2,5-7' -> [0, 2, 5, 6, 7]. Raises UserError, which names the flag, for a block that is
-    not among the `depth` there are.
-    """
-    blocks = set()
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        blocks.update(range(int(first), int(last or first) + 1))
-    if not blocks or max(blocks) >= depth:
-        raise UserError(f"--{flag} {text}: the blocks of this --model_type are 0-{depth - 1}")
-    return sorted(blocks)
-
-
 def checkpoint_activations(encoder: nn.Module, which: str = "yes") -> None:
     """Let blocks that attend forget their activations and compute them again when needed.
 
     which: 'no', 'yes' (all), 'global' (those that attend to the whole grid) or a list as
-    `parse_blocks` reads it. In place; names in the state dict do not change. Random numbers are
+    `choose_blocks` reads it. In place; names in the state dict do not change. Random numbers are
     drawn alike both times. Raises UserError for blocks that are not there.
     """
     blocks = attention_blocks(encoder)
@@ -69,7 +57,7 @@ def checkpoint_activations(encoder: nn.Module, which: str = "yes") -> None:
     elif which == "yes":
         chosen = blocks
     else:
-        chosen = [blocks[i] for i in parse_blocks("activation_checkpointing", which, len(blocks))]
+        chosen = [blocks[i] for i in choose_blocks("activation_checkpointing", which, len(blocks))]
     for block in chosen:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
