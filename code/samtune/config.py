@@ -301,7 +301,11 @@ class LoaderOptions:
         "images per process and forward pass; 'auto', in training: as many as fit into memory with "
         "these options, found by trial before the run and written into its config.yaml",
     )
-    workers: int = option(-1, "loader processes per training process; -1: up to 4, as cores allow")
+    workers: int = option(
+        -1,
+        "loader processes per training process, and in scoring as many threads that measure; -1: "
+        "up to 4, as cores allow",
+    )
     decode_rows: int = option(
         64,
         "questions per call of the mask decoder in validation and scoring, where images may hold "
@@ -479,7 +483,12 @@ class EvaluateOptions:
     protocol_mode: str = option(
         "", "which of the protocol's conventions; empty: its first (a wrong one lists them)"
     )
-    precision: str = option("fp32", "number format", ("fp32", "bf16", "fp16"))
+    precision: str = option(
+        "fp32",
+        "number format of the model; masks are upsampled and thresholded in fp32 in any case. bf16 "
+        "is faster where the hardware has it and moves scores a little, so tables say fp32",
+        ("fp32", "bf16", "fp16"),
+    )
 
 
 @dataclass(frozen=True)

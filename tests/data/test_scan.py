@@ -8,6 +8,7 @@ from PIL import Image
 
 from samtune.config import ReadOptions
 from samtune.data import scan
+from samtune.data import scan as scan_module
 from samtune.data.files import Pair
 from samtune.data.samples import read_sample
 from samtune.data.scan import ScanReport, scan_pairs
@@ -56,6 +57,12 @@ def test_parts_add_up_to_the_whole(pairs):
     assert joined.sizes == whole.sizes and sorted(joined.empty) == whole.empty
     assert joined.foreground_fraction == pytest.approx(whole.foreground_fraction)
     assert joined.remarks[0].startswith("2 of 6 images")
+
+
+def test_reports_that_become_one_on_the_way_say_the_same(pairs, monkeypatch):
+    whole = scan_pairs(pairs, READ)
+    monkeypatch.setattr(scan_module, "_REPORTS_AT_ONCE", 2)
+    assert scan_pairs(pairs, READ) == whole
 
 
 def test_every_problem_is_a_line_with_file_and_remedy(tmp_path, pairs):
