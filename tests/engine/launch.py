@@ -8,14 +8,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def start(script: str | Path, *arguments, processes: int = 2) -> subprocess.Popen:
-    """torchrun's process; its output is text on stdout and stderr."""
+THEIRS = ("-m", "torch.distributed.run")
+OURS = (str(ROOT / "code" / "torchrun.py"),)
+
+
+def start(script: str | Path, *arguments, processes: int = 2, by=THEIRS) -> subprocess.Popen:
+    """torchrun's process, or that of our own; its output is text on stdout and stderr."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": os.pathsep.join([str(ROOT / "code"), str(ROOT / "tests" / "engine")]),
     }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [sys.executable, *by, "--standalone"]
     command += [f"--nproc_per_node={processes}", str(script), *map(str, arguments)]
     return subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE

@@ -1,6 +1,7 @@
 """Two real processes over gloo: what must be equal is equal, and nobody waits for ever."""
 
 import re
+import signal
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import nn
 from samtune.engine import distributed
 from samtune.engine.checkpoint import load_run_state
 from samtune.engine.distributed import Process
-from samtune.errors import UserError
+from samtune.errors import EXIT_INTERRUPTED, UserError
 
 HERE = Path(__file__).parent
 ALONE = Process(0, 1, 0, torch.device("cpu"))
@@ -127,20 +128,28 @@ def test_a_failing_rank_does_not_hang_the_others():
     assert out.splitlines() == ["this image is broken"], err
 
 
-def test_sigterm_to_torchrun_ends_in_one_save_at_one_step(tmp_path):
-    """torchrun passes the signal on; both ranks stop after the same step, and `last` is there."""
-    launcher = launch.start(HERE / "worker_stopped.py", tmp_path)
+@pytest.mark.parametrize(
+    "by, number", [(launch.THEIRS, signal.SIGTERM), (launch.OURS, signal.SIGUSR1)]
+)
+def test_a_signal_to_torchrun_ends_in_one_save_at_one_step(tmp_path, by, number):
+    """It passes the signal on; both ranks stop after the same step, and `last` is there.
+
+    SIGUSR1 leaves torchrun itself running until the workers have saved, however long that takes.
+    """
+    launcher = launch.start(HERE / "worker_stopped.py", tmp_path, by=by)
     try:
         deadline = time.monotonic() + 60
         while not all((tmp_path / f"running{rank}").exists() for rank in (0, 1)):
             assert time.monotonic() < deadline and launcher.poll() is None
             time.sleep(0.05)
-        launcher.terminate()
+        launcher.send_signal(number)
         out, err = launcher.communicate(timeout=60)
     finally:
         launcher.kill()
     steps = dict(re.findall(r"rank (\d) stopped after (\d+) steps", out))
     assert set(steps) == {"0", "1"} and steps["0"] == steps["1"], out + err
+    if by is launch.OURS:
+        assert launcher.returncode == EXIT_INTERRUPTED, out + err
     assert load_run_state(tmp_path / "last.pt")["progress"]["step"] == int(steps["0"])
 
 
@@ -204,8 +213,6 @@ def test_only_trainable_batch_norms_are_synchronised_and_keep_their_parameters()
 
 def test_a_second_interrupt_aborts_but_one_told_twice_does_not(monkeypatch):
     """torchrun repeats a terminal's Ctrl-C at once; a person's second one comes later."""
-    import signal
-
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     before = signal.getsignal(signal.SIGINT)
