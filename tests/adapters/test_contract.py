@@ -39,6 +39,12 @@ VARIANTS = [(name, SMALL.get(name, adapter.options())) for name, adapter in ADAP
     ("lora", LoraOptions(form="gsam")),
     ("conv_lora", ConvLoraOptions(rank=2, alpha=4, experts=3)),
     ("conv_lora", ConvLoraOptions(form="gsam")),
+    # Late blocks only; every form of these is in test_adapter_blocks.py.
+    ("sam_adapter", SamAdapterOptions(adapter_blocks="1")),
+    ("sam_adapter", SamAdapterOptions(variant="official", adapter_blocks="1")),
+    ("adaptformer", AdaptFormerOptions(adapter_blocks="1")),
+    ("lora", LoraOptions(adapter_blocks="1")),
+    ("conv_lora", ConvLoraOptions(adapter_blocks="1")),
 ]
 BACKBONES = {"vit": "tiny", "tiny_vit": "tiny_t"}  # the small model type of each family
 MODELS = [

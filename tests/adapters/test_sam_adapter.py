@@ -24,7 +24,7 @@ def test_straight_embedding_reads_each_patch_where_it_is(encoder):
     moved = {}
     for published in (True, False):
         seen = []
-        adapted = OfficialEncoder(encoder, published)
+        adapted = OfficialEncoder(encoder, published, chosen=range(2))
         linear = adapted.prompt_generator.embedding_generator
         linear.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
         with torch.no_grad():
@@ -36,7 +36,7 @@ def test_straight_embedding_reads_each_patch_where_it_is(encoder):
 
 
 def test_the_parent_adds_one_more_adapter_than_there_are_blocks(encoder):
-    adapted = ParentEncoder(encoder, 12, 6)
+    adapted = ParentEncoder(encoder, 12, 6, chosen=range(2))
     calls = []
     adapted.task_adapter_up.register_forward_hook(lambda *_: calls.append(1))
     adapted(torch.zeros(1, 3, 64, 64))
@@ -44,8 +44,8 @@ def test_the_parent_adds_one_more_adapter_than_there_are_blocks(encoder):
 
 
 MAKERS = {
-    "parent": lambda encoder: ParentEncoder(encoder, tune_out=12, hidden_dim=6),
-    "official": lambda encoder: OfficialEncoder(encoder, published=True),
+    "parent": lambda encoder: ParentEncoder(encoder, tune_out=12, hidden_dim=6, chosen=range(2)),
+    "official": lambda encoder: OfficialEncoder(encoder, published=True, chosen=range(2)),
 }
 
 
@@ -63,7 +63,7 @@ def test_a_silent_adapter_is_the_stock_encoder(encoder, variant):
 def test_published_starting_values(tiny):
     torch.manual_seed(0)
     wide = replace(tiny, embed_dim=1024, num_heads=4, depth=1, global_blocks=())
-    generator = OfficialEncoder(build_image_encoder(wide, 64), True).prompt_generator
+    generator = OfficialEncoder(build_image_encoder(wide, 64), True, chosen=[0]).prompt_generator
     assert generator.embedding_generator.weight.std().item() == pytest.approx(0.02, rel=0.05)
     conv = generator.prompt_generator.proj
     assert conv.weight.std().item() == pytest.approx(math.sqrt(2 / (16 * 16 * 32)), rel=0.05)

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from samtune.adapters import ADAPTERS, build_model
+from samtune.adapters.block_lists import choose_blocks
 from samtune.adapters.options import TsSamOptions
-from samtune.adapters.ts_sam import SideAdapter, choose_blocks
+from samtune.adapters.ts_sam import SideAdapter
 from samtune.config import ModelOptions
 from samtune.engine.checkpoint import adapted_state, load_adapted
 from samtune.errors import UserError

@@ -88,10 +88,11 @@ def check_recorded(fixture: Fixture, calls: dict[str, list]) -> None:
 def build_encoder(fixture: Fixture):
     config = fixture.config
     encoder = build_image_encoder(model_type(config), config["img_size"]).requires_grad_(False)
+    every = range(len(encoder.blocks))
     if "tune_out" in config:
-        encoder = ParentEncoder(encoder, config["tune_out"], config["hidden_dim"])
+        encoder = ParentEncoder(encoder, config["tune_out"], config["hidden_dim"], every)
     else:
-        encoder = OfficialEncoder(encoder, published=True)
+        encoder = OfficialEncoder(encoder, published=True, chosen=every)
     encoder.load_state_dict(fixture.group("param.image_encoder."))
     return encoder.eval()
 

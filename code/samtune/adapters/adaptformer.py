@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from samtune.adapters.bottleneck import BottleneckAdapter, SpatialMultiscaleAdapter
-from samtune.adapters.layers import AdaptedBlock, thaw_decoder
+from samtune.adapters.layers import AdaptedBlock, adapted_blocks, thaw_decoder
 from samtune.adapters.options import AdaptFormerOptions
 from samtune.errors import UserError
 from samtune.models.sam import Sam
@@ -32,11 +32,11 @@ _SCALE = {"original": 0.1, "gsam": 0.5, "spatial": 0.5}
 
 
 def build(sam: Sam, options: AdaptFormerOptions) -> PromptedSam:
-    """Put an adapter beside the MLP of each block of a frozen Sam and thaw its mask decoder."""
+    """Put an adapter beside the MLP of chosen blocks of a frozen Sam; thaw its mask decoder."""
     thaw_decoder(sam)
     blocks = sam.image_encoder.blocks
-    for index, block in enumerate(blocks):
-        blocks[index] = adapt_block(block, options)
+    for index in adapted_blocks(sam.image_encoder, options.adapter_blocks):
+        blocks[index] = adapt_block(blocks[index], options)
     return PromptedSam(sam)
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from samtune.adapters.layers import thaw_decoder
+from samtune.adapters.layers import adapted_blocks, thaw_decoder
 from samtune.adapters.options import ConvLoraOptions
 from samtune.adapters.projections import HeadwiseLowRank, HeadwiseQKV, HostedLinear
 from samtune.models.anatomy import QkvLayout, attention_blocks
@@ -34,9 +34,10 @@ _CUBIC = -0.75  # the free parameter of bicubic interpolation, as in torch
 
 
 def build(sam: Sam, options: ConvLoraOptions) -> PromptedSam:
-    """Put terms into every block of a frozen Sam and thaw its mask decoder."""
+    """Put terms into the chosen blocks of a frozen Sam and thaw its mask decoder."""
     thaw_decoder(sam)
-    for block in attention_blocks(sam.image_encoder):
+    blocks = attention_blocks(sam.image_encoder)
+    for block in (blocks[i] for i in adapted_blocks(sam.image_encoder, options.adapter_blocks)):
         block.attn.qkv = adapt_qkv(block.attn.qkv, QkvLayout.of(block.attn), options)
     return ConvLoRASam(sam) if options.form == "original" else PromptedSam(sam)
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from samtune.adapters.block_lists import choose_blocks
+from samtune.models.anatomy import attention_blocks
 from samtune.models.attention import in_windows
 from samtune.models.mask_decoder import ClassDecoder, masks_read
 from samtune.models.prompt_encoder import parts_used
@@ -49,6 +51,11 @@ def thaw_prompt_encoder(model: PromptedSam, prompt: str) -> None:
     if hasattr(model, "prompt_encoder"):
         for name in parts_used(prompt):
             model.prompt_encoder.get_submodule(name).requires_grad_(True)
+
+
+def adapted_blocks(encoder: nn.Module, text: str) -> list[int]:
+    """The numbers of the blocks that --adapter_blocks names. Raises UserError for others."""
+    return choose_blocks("adapter_blocks", text, depth=len(attention_blocks(encoder)))
 
 
 class AdaptedEncoder(nn.Module):

@@ -19,7 +19,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from samtune.adapters.layers import thaw_decoder
+from samtune.adapters.layers import adapted_blocks, thaw_decoder
 from samtune.adapters.options import LoraOptions
 from samtune.adapters.projections import (
     PARTS,
@@ -33,9 +33,10 @@ from samtune.models.segmenter import PromptedSam
 
 
 def build(sam: Sam, options: LoraOptions) -> PromptedSam:
-    """Put low-rank terms into every block of a frozen Sam and thaw its mask decoder."""
+    """Put low-rank terms into the chosen blocks of a frozen Sam and thaw its mask decoder."""
     thaw_decoder(sam)
-    for block in attention_blocks(sam.image_encoder):
+    blocks = attention_blocks(sam.image_encoder)
+    for block in (blocks[i] for i in adapted_blocks(sam.image_encoder, options.adapter_blocks)):
         block.attn.qkv = adapt_qkv(block.attn.qkv, QkvLayout.of(block.attn), options)
     if options.adapt_decoder:
         _adapt_transformer(sam.mask_decoder.transformer, options)

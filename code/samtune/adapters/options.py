@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, fields
 
+from samtune.adapters.block_lists import check_blocks
 from samtune.config import option
 from samtune.errors import UserError
+
+
+def _which_blocks():
+    """The field of the adapters that can leave blocks of the image encoder as they are."""
+    return option(
+        "all",
+        "blocks of the image encoder that get the adapter: '8-11', '0,2,5-7', counted from 0 among "
+        "those that attend; what comes before the first of them needs no backward pass: less time "
+        "and memory",
+    )
 
 
 @dataclass(frozen=True)
@@ -32,8 +42,10 @@ class SamAdapterOptions:
         "need it, 'straight' does not",
         ("published", "straight"),
     )
+    adapter_blocks: str = _which_blocks()
 
     def __post_init__(self):
+        check_blocks("adapter_blocks", self.adapter_blocks, ("all",))
         foreign = {"parent": ("embedding",), "official": ("tune_out", "hidden_dim")}[self.variant]
         for f in fields(self):
             if f.name in foreign and getattr(self, f.name) != f.default:
@@ -63,8 +75,10 @@ class AdaptFormerOptions:
     dilations: str = option(
         "12,24,36", "spatial: distances, in tokens, at which it looks around beside the next token"
     )
+    adapter_blocks: str = _which_blocks()
 
     def __post_init__(self):
+        check_blocks("adapter_blocks", self.adapter_blocks, ("all",))
         only = {"learn_scale": "original", "dropout": "original", "dilations": "spatial"}
         for f in fields(self):
             if only.get(f.name, self.form) != self.form and getattr(self, f.name) != f.default:
@@ -126,9 +140,7 @@ class TsSamOptions:
 
     def __post_init__(self):
         for name in ("csa_blocks", "mrm_blocks"):
-            text = getattr(self, name)
-            if not re.fullmatch(r"auto|none|\d+(-\d+)?(,\d+(-\d+)?)*", text):
-                raise UserError(f"--{name} {text}: write it like 0,2,5-7, or 'auto' or 'none'")
+            check_blocks(name, getattr(self, name), ("auto", "none"))
         if self.scale_factor < 0:
             raise UserError("--scale_factor must be at least 1, or 0")
 
@@ -167,8 +179,10 @@ class LoraOptions:
     adapt_decoder: bool = option(
         False, "samed: the mask decoder's transformer stays frozen and has such terms too"
     )
+    adapter_blocks: str = _which_blocks()
 
     def __post_init__(self):
+        check_blocks("adapter_blocks", self.adapter_blocks, ("all",))
         if self.form == "gsam":
             _refuse(self, ("rank", "alpha", "targets", "adapt_decoder"), "--form gsam")
         if self.rank < 1 or self.alpha < 0:
@@ -195,8 +209,10 @@ class ConvLoraOptions:
     rank: int = option(3, "original: channels between the two factors of a term")
     alpha: float = option(32.0, "original: terms are scaled by alpha / rank")
     experts: int = option(8, "original: convolutions to choose from, at scales 1, 2, 3, ...")
+    adapter_blocks: str = _which_blocks()
 
     def __post_init__(self):
+        check_blocks("adapter_blocks", self.adapter_blocks, ("all",))
         if self.form == "gsam":
             _refuse(self, ("rank", "alpha", "experts"), "--form gsam")
         if self.rank < 1 or self.alpha <= 0:

@@ -13,12 +13,14 @@ loss reads stay frozen; either variant takes a box or no prompt.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from samtune.adapters.layers import (
     AdaptedEncoder,
+    adapted_blocks,
     high_pass,
     misread_channels,
     thaw_decoder,
@@ -33,10 +35,12 @@ _REDUCTION = 32  # official: the encoder's width over the adapter's
 def build(sam: Sam, options: SamAdapterOptions) -> PromptedSam:
     """Put adapters around the blocks of a frozen Sam and thaw its mask decoder."""
     thaw_decoder(sam)
+    encoder, published = sam.image_encoder, options.embedding == "published"
+    chosen = adapted_blocks(encoder, options.adapter_blocks)
     if options.variant == "parent":
-        sam.image_encoder = ParentEncoder(sam.image_encoder, options.tune_out, options.hidden_dim)
+        sam.image_encoder = ParentEncoder(encoder, options.tune_out, options.hidden_dim, chosen)
         return PromptedSam(sam)
-    sam.image_encoder = OfficialEncoder(sam.image_encoder, options.embedding == "published")
+    sam.image_encoder = OfficialEncoder(encoder, published, chosen)
     sam.prompt_encoder.no_mask_embed.requires_grad_(True)
     # Published checkpoints were trained with a position encoding of their own and carry it.
     frequencies = "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
@@ -44,19 +48,24 @@ def build(sam: Sam, options: SamAdapterOptions) -> PromptedSam:
 
 
 class ParentEncoder(AdaptedEncoder):
-    """Adapters before the first block and after every block.
+    """Adapters before and after each of the chosen blocks, one between two neighbours.
 
     tune_out: channels of the features that all adapters read. hidden_dim: channels inside each.
-    The projection back to the encoder's width is shared, the one down is each adapter's own.
+    chosen: numbers of blocks. The projection back to the encoder's width is shared, the one down is
+    each adapter's own. Adapter i stands before block i, the last one behind the last block; there
+    are those alone that stand beside a chosen block, under the names that they have among all.
     """
 
-    def __init__(self, encoder: ImageEncoderViT, tune_out: int, hidden_dim: int):
+    def __init__(
+        self, encoder: ImageEncoderViT, tune_out: int, hidden_dim: int, chosen: Sequence[int]
+    ):
         super().__init__(encoder)
         self.patch_embed_tune = nn.Linear(self.embed_dim, tune_out)
         self.HFC_tune = nn.Linear(3 * self.patch_size**2, tune_out)
         self.task_adapter_up = nn.Linear(hidden_dim, self.embed_dim)
-        self.task_adapter_blocks = nn.ModuleList(
-            DownProjection(tune_out, hidden_dim) for _ in range(len(self.blocks) + 1)
+        places = sorted({place for index in chosen for place in (index, index + 1)})
+        self.task_adapter_blocks = nn.ModuleDict(
+            {str(place): DownProjection(tune_out, hidden_dim) for place in places}
         )
 
     def forward(self, image: Tensor) -> Tensor:
@@ -65,11 +74,16 @@ class ParentEncoder(AdaptedEncoder):
         patches = F.unfold(high_pass(image), self.patch_size, stride=self.patch_size)
         edges = self.HFC_tune(patches.transpose(1, 2)).unflatten(1, x.shape[1:3])
         features = self.patch_embed_tune(x) + edges  # (B, h, w, tune_out)
-        first, *others = self.task_adapter_blocks
-        x = x + self.task_adapter_up(first(features))
-        for block, adapter in zip(self.blocks, others, strict=True):
-            x = block(x) + self.task_adapter_up(adapter(features))
+        x = self.adapt(x, features, 0)
+        for index, block in enumerate(self.blocks):
+            x = self.adapt(block(x), features, index + 1)
         return self.neck(x.permute(0, 3, 1, 2))
+
+    def adapt(self, x: Tensor, features: Tensor, place: int) -> Tensor:
+        """(B, h, w, C) -> the same, with the term of the adapter at this place, if there is one."""
+        if (name := str(place)) not in self.task_adapter_blocks:
+            return x
+        return x + self.task_adapter_up(self.task_adapter_blocks[name](features))
 
 
 class DownProjection(nn.Module):
@@ -84,16 +98,16 @@ class DownProjection(nn.Module):
 
 
 class OfficialEncoder(AdaptedEncoder):
-    """Adapters on the input of every block.
+    """Adapters on the input of each of the chosen blocks, by number.
 
     published: read the patches in the order of the published code, which takes a channels-last
     tensor for a channels-first one, so that a feature mixes places; else straight.
     """
 
-    def __init__(self, encoder: ImageEncoderViT, published: bool):
+    def __init__(self, encoder: ImageEncoderViT, published: bool, chosen: Sequence[int]):
         super().__init__(encoder)
-        self.published = published
-        self.prompt_generator = PromptGenerator(self.embed_dim, len(self.blocks), self.patch_size)
+        self.published, self.chosen = published, frozenset(chosen)
+        self.prompt_generator = PromptGenerator(self.embed_dim, chosen, self.patch_size)
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) normalised -> (B, C', h, w)."""
@@ -103,22 +117,22 @@ class OfficialEncoder(AdaptedEncoder):
         features = generator.features(tokens, high_pass(image))  # (B, h, w, d)
         x = patches + self.pos_embed
         for index, block in enumerate(self.blocks):
-            x = block(x + generator(features, index))
+            x = block(x + generator(features, index) if index in self.chosen else x)
         return self.neck(x.permute(0, 3, 1, 2))
 
 
 class PromptGenerator(nn.Module):
-    """Two features of an image, and from their sum a term for every block.
+    """Two features of an image, and from their sum a term for each of the chosen blocks.
 
     The layer per block is its own, the projection back to the encoder's width is shared.
     """
 
-    def __init__(self, embed_dim: int, depth: int, patch_size: int):
+    def __init__(self, embed_dim: int, chosen: Sequence[int], patch_size: int):
         super().__init__()
         width = max(embed_dim // _REDUCTION, 1)
         self.embedding_generator = nn.Linear(embed_dim, width)
         self.prompt_generator = HighFrequencyEmbedding(width, patch_size)
-        for index in range(depth):
+        for index in chosen:
             layer = nn.Sequential(nn.Linear(width, width), nn.GELU())
             self.add_module(f"lightweight_mlp_{index}", layer)
         self.shared_mlp = nn.Linear(width, embed_dim)

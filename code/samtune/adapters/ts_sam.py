@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from samtune.adapters.block_lists import choose_blocks
 from samtune.adapters.layers import AdaptedEncoder, high_pass, misread_channels
 from samtune.adapters.options import TsSamOptions
 from samtune.errors import UserError
@@ -46,24 +47,6 @@ def build(sam: Sam, options: TsSamOptions) -> PromptedSam:
         published=options.embedding == "published",
     )
     return TwoStreamSam(sam)
-
-
-def choose_blocks(flag: str, text: str, depth: int, usual: int) -> list[int]:
-    """'0,2,5-7' -> [0, 2, 5, 6, 7]; 'auto' -> the last `usual` of `depth` blocks; 'none' -> [].
-
-    Raises UserError, which names the flag, for a block that is not there.
-    """
-    if text == "none":
-        return []
-    if text == "auto":
-        return list(range(max(depth - usual, 0), depth))
-    blocks = set()
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        blocks.update(range(int(first), int(last or first) + 1))
-    if not blocks or max(blocks) >= depth:
-        raise UserError(f"--{flag} {text}: the blocks of this --model_type are 0-{depth - 1}")
-    return sorted(blocks)
 
 
 class Pyramid(NamedTuple):
