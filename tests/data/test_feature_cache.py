@@ -148,6 +148,20 @@ def keys(epoch):
     return [SampleKey(epoch, index) for index in range(3)]
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0), (2, 0, 1)])
+def test_a_batch_lies_in_memory_as_the_model_gave_it(pairs, files, order):
+    """A kernel may round otherwise where numbers lie otherwise."""
+    dataset = dataset_of(pairs, augment="none")
+    keeper = KeptViews(files, ["0", "1", "2"], "", False)
+    back = [order.index(axis) for axis in range(3)]
+    whole = torch.stack([features(i).permute(order) for i in range(3)])  # as it lies in memory
+    whole = whole.permute(0, *(axis + 1 for axis in back))
+    for index in range(3):
+        files.write(keeper.name(0, index), whole[index], (40, 60))
+    (batch,) = make_loader(dataset.keeping(keeper), [keys(0)], 0)
+    assert torch.equal(batch.features, whole) and batch.features.stride() == whole.stride()
+
+
 @pytest.mark.parametrize("options", [{}, {"augment": "none"}, {"augment": "rotate"}, {"crop": 24}])
 def test_all_but_the_image_is_as_it_was(pairs, files, options):
     """Targets, prompts and frames: though the picture's file is not even there."""

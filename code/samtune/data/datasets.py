@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from samtune.config import PromptOptions, ReadOptions, Size, answers_classes
+from samtune.data.feature_cache import memory_order
 from samtune.data.files import Pair
 from samtune.data.images import blank
 from samtune.data.objects import (
@@ -287,10 +288,14 @@ def _stack_images(images: list[np.ndarray]) -> Tensor:
 
 
 def _stack_features(features: list[Tensor | None]) -> Tensor | None:
-    """(C, h, w) or (h, w, C) each -> (B, ...), laid out in memory as they are."""
+    """(C, h, w) or (h, w, C) each -> (B, ...), laid out in memory as they are: how a kernel rounds
+    may depend on it.
+    """
     if features[0] is None:
         return None
-    return torch.cat([one[None] for one in features])  # `stack` would lay them out anew
+    order = memory_order(features[0])
+    laid_out = torch.stack([one.permute(order) for one in features])
+    return laid_out.permute(0, *(order.index(axis) + 1 for axis in range(len(order))))
 
 
 def _stack_on_canvas(targets: list[np.ndarray]) -> np.ndarray:

@@ -106,7 +106,7 @@ class FeatureFiles:
 
         Numbers are laid out on disk as they were in memory, so that who reads them computes alike.
         """
-        order = sorted(range(features.ndim), key=lambda axis: -features.stride(axis))
+        order = memory_order(features)
         facts = {"name": name, "order": json.dumps(order), "picture_size": json.dumps(picture_size)}
         laid_out = features.to(self.form.stored).permute(order).contiguous()
         data = save({_TENSOR: laid_out}, facts)
@@ -122,6 +122,11 @@ class FeatureFiles:
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise UserError(f"--cache_dir {self.folder}: {error.strerror}") from None
+
+
+def memory_order(tensor: Tensor) -> list[int]:
+    """The axes of a tensor as they lie in memory, the slowest first."""
+    return sorted(range(tensor.ndim), key=lambda axis: -tensor.stride(axis))
 
 
 @dataclass(frozen=True)
