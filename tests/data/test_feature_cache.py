@@ -157,7 +157,8 @@ def test_a_batch_lies_in_memory_as_the_model_gave_it(pairs, files, order):
     whole = torch.stack([features(i).permute(order) for i in range(3)])  # as it lies in memory
     whole = whole.permute(0, *(axis + 1 for axis in back))
     for index in range(3):
-        files.write(keeper.name(0, index), whole[index], (40, 60))
+        size = dataset.look(0, index).picture_size
+        files.write(keeper.name(0, index), whole[index], size)
     (batch,) = make_loader(dataset.keeping(keeper), [keys(0)], 0)
     assert torch.equal(batch.features, whole) and batch.features.stride() == whole.stride()
 
