@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from samtune import caching
 from samtune.adapters import ADAPTERS, build_model
-from samtune.adapters.options import LoraOptions
+from samtune.adapters.options import LoraOptions, SamAdapterOptions
 from samtune.config import LogOptions
 from samtune.data.datasets import SegmentationDataset
 from samtune.data.feature_cache import FeatureFiles
@@ -117,11 +117,21 @@ def test_autocast_keeps_what_the_encoder_returned(config):
     assert records("kept") == records("plain")
 
 
-def test_a_frozen_beginning_is_kept_where_later_blocks_train(config, encoded):
-    """LoRA leaves TinyViT's convolutions alone; without augmentation there is one view."""
-    model = replace(config.model, model_type="tiny_t", adapter="lora")
+@pytest.mark.parametrize(
+    ("model_type", "adapter", "options"),
+    [
+        ("tiny_t", "lora", LoraOptions()),
+        ("tiny", "sam_adapter", SamAdapterOptions(adapter_blocks="1", tune_out=12, hidden_dim=6)),
+    ],
+)
+def test_a_frozen_beginning_is_kept_where_later_blocks_train(
+    config, encoded, model_type, adapter, options
+):
+    """LoRA leaves TinyViT's convolutions alone; SAM-Adapter reads the image once more. Without
+    augmentation there is one view."""
+    model = replace(config.model, model_type=model_type, adapter=adapter)
     data = replace(config.data, augment="none", augment_views=0)
-    config = replace(config, model=model, data=data, adapter=LoraOptions())
+    config = replace(config, model=model, data=data, adapter=options)
     train(named(config, "plain", epoch=2), None, ALONE)
     encoded |= {"frozen": 0, "whole": 0}
     train(with_features(named(config, "kept", epoch=2), "fp32"), None, ALONE)

@@ -48,7 +48,7 @@ def check_caching(data: TrainDataOptions, model_options: ModelOptions, model: Pr
         raise UserError(
             f"{flag}: with --adapter {model_options.adapter} and --train {model_options.train} "
             "training reaches the beginning of the image encoder, so nothing stays the same; drop "
-            "it, or freeze the encoder (--adapter decoder --train adapter)"
+            "it, let --adapter_blocks begin late, or take --adapter decoder --train adapter"
         )
 
 

@@ -7,7 +7,14 @@ from torch import nn
 from samtune.adapters import ADAPTERS, build_model
 from samtune.config import ModelOptions
 from samtune.errors import UserError
-from samtune.models.prefix import Stage, fingerprint, frozen_stages, run_frozen, stages_of
+from samtune.models.prefix import (
+    Stage,
+    fingerprint,
+    frozen_stages,
+    reads_image,
+    run_frozen,
+    stages_of,
+)
 
 
 @pytest.fixture
@@ -65,6 +72,31 @@ def test_an_encoder_whose_parts_are_no_chain_has_no_frozen_part(tiny, image, ada
 @pytest.mark.parametrize("adapter", ["lora", "conv_lora", "adaptformer"])
 def test_adapters_in_every_block_leave_the_patches_only(tiny, adapter):
     assert frozen_stages(model_of("tiny", adapter).image_encoder) == 1
+
+
+@pytest.mark.parametrize(
+    ("adapter", "options"),
+    [
+        ("lora", {}),
+        ("conv_lora", {}),
+        ("adaptformer", {"dropout": 0.0}),
+        ("sam_adapter", {}),
+        ("sam_adapter", {"variant": "official"}),
+        ("sam_adapter", {"variant": "official", "embedding": "straight"}),
+    ],
+)
+def test_adapters_in_late_blocks_leave_those_before_them(tiny, image, adapter, options):
+    """SAM-Adapter's read the image itself as well: it is to be there beside the frozen part."""
+    chosen = ModelOptions(model_type="tiny", adapter=adapter, train="adapter")
+    options = ADAPTERS[adapter].options(adapter_blocks="1", **options)
+    model = build_model(chosen, options, "none", None, seed=3)  # eval: gates draw no noise
+    assert frozen_stages(model.image_encoder) == 2, "the patches and block 0"
+    frozen, whole = model.frozen(image), model.encode(image)
+    assert reads_image(model.image_encoder) == (adapter == "sam_adapter")
+    torch.testing.assert_close(model.encode(image, None, frozen), whole, rtol=0, atol=0)
+    if not reads_image(model.image_encoder):
+        blank = torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(image.shape)
+        assert torch.equal(model.encode(blank, None, frozen), whole)
 
 
 class Chain(nn.Module):

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from samtune.models.anatomy import attention_blocks
 from samtune.models.block_lists import choose_blocks
 from samtune.models.mask_decoder import ClassDecoder, masks_read
+from samtune.models.prefix import Stage
 from samtune.models.prompt_encoder import parts_used
 from samtune.models.sam import ImageEncoderViT, MaskDecoder, Sam
 from samtune.models.segmenter import PromptedSam
@@ -84,6 +85,10 @@ class AdaptedEncoder(nn.Module):
     def stride(self) -> int:
         """From one patch to the next, pixels."""
         return self.patch_embed.proj.stride[0]
+
+    def last_stage(self) -> Stage:
+        """(B, h, w, C) tokens -> (B, C', h, w) features."""
+        return Stage((self.neck,), lambda x: self.neck(x.permute(0, 3, 1, 2)))
 
     def embed_patches(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, H // stride, W // stride, C), without positions.

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,6 +27,7 @@ from samtune.adapters.layers import (
     thaw_decoder,
 )
 from samtune.adapters.options import SamAdapterOptions
+from samtune.models.prefix import Stage
 from samtune.models.sam import ImageEncoderViT, Sam
 from samtune.models.segmenter import PromptedSam
 
@@ -70,14 +72,37 @@ class ParentEncoder(AdaptedEncoder):
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) normalised -> (B, C', h, w)."""
-        x = self.patch_embed(image) + self.pos_embed  # (B, h, w, C)
-        patches = F.unfold(high_pass(image), self.patch_size, stride=self.patch_size)
-        edges = self.HFC_tune(patches.transpose(1, 2)).unflatten(1, x.shape[1:3])
-        features = self.patch_embed_tune(x) + edges  # (B, h, w, tune_out)
+        x = self.embed(image)
+        features = self.features(image, x)
         x = self.adapt(x, features, 0)
         for index, block in enumerate(self.blocks):
             x = self.adapt(block(x), features, index + 1)
         return self.neck(x.permute(0, 3, 1, 2))
+
+    def embed(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, h, w, C) patches with positions."""
+        return self.patch_embed(image) + self.pos_embed
+
+    def features(self, image: Tensor, x: Tensor) -> Tensor:
+        """An image and its patches -> (B, h, w, tune_out), what all adapters read."""
+        patches = F.unfold(high_pass(image), self.patch_size, stride=self.patch_size)
+        edges = self.HFC_tune(patches.transpose(1, 2)).unflatten(1, x.shape[1:3])
+        return self.patch_embed_tune(x) + edges
+
+    def beside(self, image: Tensor) -> Tensor:
+        """The same of an image alone; see `stages`."""
+        return self.features(image, self.embed(image))
+
+    def stages(self, features: Tensor | None) -> list[Stage]:
+        """The forward as a chain; see `prefix.stages_of`. features: of `beside`."""
+        chain = [Stage((self.patch_embed, self.pos_embed), self.embed)]
+        for place in range(len(self.blocks) + 1):
+            if str(place) in self.task_adapter_blocks:
+                parts = self.task_adapter_blocks[str(place)], self.task_adapter_up
+                run = partial(self.adapt, features=features, place=place)
+                chain.append(Stage(parts, run))
+            chain += [Stage((block,), block) for block in self.blocks[place : place + 1]]
+        return [*chain, self.last_stage()]
 
     def adapt(self, x: Tensor, features: Tensor, place: int) -> Tensor:
         """(B, h, w, C) -> the same, with the term of the adapter at this place, if there is one."""
@@ -113,12 +138,32 @@ class OfficialEncoder(AdaptedEncoder):
         """(B, 3, H, W) normalised -> (B, C', h, w)."""
         patches = self.patch_embed(image)  # (B, h, w, C), before positions are added
         tokens = misread_channels(patches) if self.published else patches
-        generator = self.prompt_generator
-        features = generator.features(tokens, high_pass(image))  # (B, h, w, d)
+        features = self.prompt_generator.features(tokens, high_pass(image))  # (B, h, w, d)
         x = patches + self.pos_embed
-        for index, block in enumerate(self.blocks):
-            x = block(x + generator(features, index) if index in self.chosen else x)
+        for index in range(len(self.blocks)):
+            x = self.run_block(x, features, index)
         return self.neck(x.permute(0, 3, 1, 2))
+
+    def run_block(self, x: Tensor, features: Tensor, index: int) -> Tensor:
+        """(B, h, w, C) -> the same, with the block's term before it, if it has one."""
+        if index in self.chosen:
+            x = x + self.prompt_generator(features, index)
+        return self.blocks[index](x)
+
+    def beside(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, h, w, d), what all terms are made of; see `stages`."""
+        patches = self.patch_embed(image)
+        tokens = misread_channels(patches) if self.published else patches
+        return self.prompt_generator.features(tokens, high_pass(image))
+
+    def stages(self, features: Tensor | None) -> list[Stage]:
+        """The forward as a chain; see `prefix.stages_of`. features: of `beside`."""
+        first = (self.patch_embed, self.pos_embed)
+        chain = [Stage(first, lambda image: self.patch_embed(image) + self.pos_embed)]
+        for index, block in enumerate(self.blocks):
+            parts = (self.prompt_generator, block) if index in self.chosen else (block,)
+            chain.append(Stage(parts, partial(self.run_block, features=features, index=index)))
+        return [*chain, self.last_stage()]
 
 
 class PromptGenerator(nn.Module):
