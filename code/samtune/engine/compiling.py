@@ -13,9 +13,9 @@ from torch import nn
 
 from samtune.errors import UserError
 
-# Versions of one function that torch may keep before it gives up compiling it. A TinyViT's blocks
-# have several widths; each comes in training and in evaluation, with and without a gradient of its
-# input, and for the last batch, which is smaller.
+# Versions of one function that torch keeps; what would need one more runs uncompiled. A TinyViT's
+# blocks have several widths; each comes in training and in evaluation, with and without a gradient
+# of its input, and for the last batch, which is smaller.
 _MOST_VERSIONS = 64
 
 
@@ -23,15 +23,21 @@ def compile_blocks(blocks: Iterable[nn.Module], backend: str = "inductor") -> No
     """Compile each block's forward in place, when it is first called; names stay as they are.
 
     Before activation checkpointing, which then runs what was compiled a second time: the other way
-    round torch leaves such blocks uncompiled without a word. Sizes that vary end in one version for
-    all sizes. Random numbers are drawn as without, so results differ by rounding only.
+    round torch leaves such blocks uncompiled without a word. Random numbers are drawn as without,
+    so results differ by rounding only.
+
+    Each size has a version of its own: a run has few (its frame, its crop, a last batch). One
+    version for all of them takes minutes per block in torch 2.15, which reasons about windows of
+    unknown grids, and makes slower kernels.
     """
     torch._dynamo.config.cache_size_limit = _MOST_VERSIONS
     # DDP's own way with compiled models cuts them where its buckets end; blocks are cuts enough.
     torch._dynamo.config.optimize_ddp = False
     options = {"fallback_random": True} if backend == "inductor" else None
     for block in blocks:
-        block.forward = torch.compile(block.forward, backend=backend, options=options)
+        block.forward = torch.compile(
+            block.forward, dynamic=False, backend=backend, options=options
+        )
 
 
 def check_compiler(device: torch.device) -> None:
