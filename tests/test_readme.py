@@ -37,7 +37,7 @@ def flags() -> set[str]:
 
 
 def test_every_flag_that_is_named_exists():
-    named = set(re.findall(r"(?<![!\w/-])--([a-z][a-z_]+)", README))
+    named = set(re.findall(r"(?<![!\w/-])--([a-z][a-z0-9_]+)", README))
     assert len(named) > 20
     assert named - flags() - TORCHRUNS - SUITES - SLURMS - COMPARES - set(config.RETIRED) == set()
 
