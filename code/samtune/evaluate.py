@@ -29,6 +29,7 @@ from samtune.engine import distributed
 from samtune.engine.checkpoint import read_metadata
 from samtune.engine.distributed import Process
 from samtune.engine.logbook import Logbook
+from samtune.engine.optim import use_tf32
 from samtune.errors import UserError
 from samtune.gallery import Pictures, drawing_of
 from samtune.judging import Bench, Judged
@@ -65,6 +66,7 @@ def run(config: EvaluateConfig, process: Process) -> dict:
     if len(sets) > 1:
         return _run_each(config, [one.name for one in sets], file, folder, process)
     dataset, pairs, read = sets[0]
+    use_tf32(False, process.device)  # float32 scores are float32's
     with distributed.together():
         models = {"tuned": load_trained(file, wanted.checkpoint)}
         if wanted.zero_shot and (untuned := load_untuned(file, wanted.checkpoint)):
