@@ -509,9 +509,9 @@ def test_gsam_trains_on_crops_and_is_scored_on_whole_frames(config, prompt, monk
     seen = {True: set(), False: set()}  # in training?
     encode = Gsam.encode
 
-    def spy(self, image, valid_size=None):
+    def spy(self, image, *rest):
         seen[self.training].add(tuple(image.shape[-2:]))
-        return encode(self, image, valid_size)
+        return encode(self, image, *rest)
 
     monkeypatch.setattr(Gsam, "encode", spy)
     config = replace(
