@@ -187,7 +187,7 @@ def adapters(argv: list[str]) -> None:
 class Processes:
     """This process among those that torchrun started. torch is imported here, not for --help."""
 
-    met = False  # have the ranks met?
+    met = False  # have the ranks met, and not parted yet?
     speaks = True  # is this the rank that tells of the failure?
 
     @contextmanager
@@ -205,6 +205,7 @@ class Processes:
             self.speaks = distributed.first_to_fail()
             raise
         distributed.shutdown()
+        self.met = False
 
 
 processes = Processes()
