@@ -174,8 +174,8 @@ def test_the_order_is_compiled_then_forgetful_then_wrapped(monkeypatch):
     """The other way round, torch leaves the blocks uncompiled."""
     order = []
     for name in ("compile_blocks", "checkpoint_activations"):
-        monkeypatch.setattr(pipeline, name, partial(lambda n, _: order.append(n), name))
+        monkeypatch.setattr(pipeline, name, partial(lambda n, *_: order.append(n), name))
     model = build("decoder", DecoderOptions())
-    options = replace(c.OptimOptions(), compile=True, activation_checkpointing=True)
-    assert pipeline.made_ready(model, options, ALONE) is model
+    options = replace(c.OptimOptions(), compile=True, activation_checkpointing="yes")
+    assert pipeline.to_train(model, options, ALONE) is model
     assert order == ["compile_blocks", "checkpoint_activations"]

@@ -105,9 +105,10 @@ def _counting() -> Iterator[FlopCounterMode]:
 
 
 def _state_without_numbers(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers as the mode around makes them; trainable ones have a gradient."""
+    """Parameters and buffers as the modes around make them; what trains may have a gradient."""
+    grad = torch.is_grad_enabled()
     tensors = [*model.named_parameters(), *model.named_buffers()]
     return {
-        name: torch.empty(t.shape, dtype=t.dtype, requires_grad=t.requires_grad)
+        name: torch.empty(t.shape, dtype=t.dtype, requires_grad=grad and t.requires_grad)
         for name, t in tensors
     }
