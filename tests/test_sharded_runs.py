@@ -158,7 +158,7 @@ def test_contradictions_are_refused(config_of, data, test, said):
 
 def test_two_processes_look_into_shards_together(house, tmp_path):
     """Each into its share; both then know all, or raise the same."""
-    code, out, err = torchrun(Path(__file__).with_name("worker_shards.py"), house, tmp_path)
+    code, out, err = torchrun(Path(__file__).with_name("worker_tars.py"), house, tmp_path)
     assert code == 0, out + err
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     options = c.TrainDataOptions(
