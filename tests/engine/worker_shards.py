@@ -1,6 +1,6 @@
 """Train small SAMs in DDP and in shards, save and resume across, and save what came out.
 
-Run by test_shards.py under torchrun on two ranks.
+Run by test_sharded.py under torchrun on two ranks.
 """
 
 from __future__ import annotations
