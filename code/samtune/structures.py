@@ -294,6 +294,10 @@ class Batch:
         """The same batch with `function` applied to every tensor."""
         return _map_tensors(self, function)
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory of these tensors until `stream` has done what is queued there by then."""
+        _map_tensors(self, lambda tensor: tensor.record_stream(stream))
+
 
 def _once(move: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """`move`, which copies one number only where a tensor is one number expanded to a shape."""
@@ -304,10 +308,6 @@ def _once(move: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return move(tensor)
 
     return moved
-
-    def record_stream(self, stream: torch.cuda.Stream) -> None:
-        """Keep the memory of these tensors until `stream` has done what is queued there by then."""
-        _map_tensors(self, lambda tensor: tensor.record_stream(stream))
 
 
 def _map_tensors(value, function):
