@@ -406,8 +406,8 @@ class OptimOptions:
     )
     compile: bool = option(
         False,
-        "compile the image encoder's blocks (torch.compile): faster steps after a slow first one, "
-        "the same numbers up to rounding; a CPU needs a C++ compiler",
+        "compile the image encoder's blocks (torch.compile), for faster steps after a slow first "
+        "one; the same numbers up to rounding; a CPU needs a C++ compiler",
     )
 
     def __post_init__(self):

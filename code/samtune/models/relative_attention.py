@@ -24,8 +24,6 @@ from torch.utils.flop_counter import register_flop_formula
 
 _VALUES_PER_THREAD = 2**20  # logits of a group: 4 MiB in float32
 _VALUES_AT_MOST = 2**23
-
-
 _TENSORS = "Tensor qkv, Tensor outside, Tensor rel_h, Tensor rel_w, int[] window"
 
 
