@@ -179,3 +179,9 @@ def test_the_order_is_compiled_then_forgetful_then_wrapped(monkeypatch):
     options = replace(c.OptimOptions(), compile=True, activation_checkpointing="yes")
     assert pipeline.to_train(model, options, ALONE) is model
     assert order == ["compile_blocks", "checkpoint_activations"]
+
+
+def test_shards_are_not_compiled():
+    options = replace(c.OptimOptions(), compile=True, shard=True)
+    with pytest.raises(UserError, match="--shard does not go with --compile"):
+        pipeline.to_train(build("decoder", DecoderOptions()), options, ALONE)

@@ -114,7 +114,10 @@ def prepare(model: PromptedSam, options: OptimOptions, process: Process) -> None
     """How the image encoder's blocks compute, in place; names and results stay as they are.
 
     Frozen weights that the base checkpoint brings are held in half precision where it computes so.
+    Raises UserError for what does not go together.
     """
+    if options.compile and options.shard:  # validation's copy of the model would call the shards
+        raise UserError("--shard does not go with --compile: leave one of them out")
     precision = resolve_precision(options.precision, process.device)
     if precision != "fp32" and not options.shard:  # FSDP wants one number format for all
         hold_frozen(model, NUMBERS[precision])
