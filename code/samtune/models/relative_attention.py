@@ -48,9 +48,10 @@ def relative_attention(
         for place in _groups(qkv, window):
             q, k, v = _windows(qkv[place], outside, window)
             mixed = torch.empty_like(q, memory_format=torch.contiguous_format)
+            k, v = _upright(k), v.flatten(1, 2).contiguous()
             for heads, rows in _parts(q):
                 p = _probabilities(q[heads, rows], k[heads], rel_h[rows], rel_w)
-                mixed[heads, rows] = (p @ v[heads].flatten(1, 2)).view_as(mixed[heads, rows])
+                mixed[heads, rows] = (p @ v[heads]).view_as(mixed[heads, rows])
             _back(out[place], mixed[None], window)
     return out
 
@@ -92,39 +93,48 @@ def _group_backward(
     They are summed in float32 at least.
     """
     exact = torch.promote_types(qkv.dtype, torch.float32)
-    result = torch.zeros(qkv.shape, dtype=exact)
-    (q, k, v), (d_q, d_k, d_v) = qkv, result
+    d_qkv = torch.zeros(qkv.shape, dtype=exact)
     d_h, d_w = torch.zeros_like(rel_h, dtype=exact), torch.zeros_like(rel_w, dtype=exact)
+    q, d_q, k = qkv[0], d_qkv[0], qkv[1].flatten(1, 2).contiguous()
+    k_up, v_up = _upright(qkv[1]), _upright(qkv[2])
+    d_k, d_v = torch.zeros(2, *k_up.shape, dtype=exact)  # (G, d, N')
     scale, sides = q.shape[-1] ** -0.5, q.shape[1:3]
     for heads, rows in _parts(q):
-        queries, values = q[heads, rows], v[heads].flatten(1, 2)
-        p = _probabilities(queries, k[heads], rel_h[rows], rel_w)  # (G', N, N')
+        queries = q[heads, rows]
+        p = _probabilities(queries, k_up[heads], rel_h[rows], rel_w)  # (G', N, N')
         mixed = gradient[heads, rows].flatten(1, 2)  # (G', N, d)
-        d_v[heads] += (p.transpose(1, 2) @ mixed).view_as(d_v[heads])
-        d_p = mixed @ values.transpose(1, 2)
+        d_v[heads] += mixed.transpose(1, 2).contiguous() @ p
+        d_p = mixed @ v_up[heads]
         d_logits = torch.ops.aten._softmax_backward_data(d_p, p, -1, p.dtype)
         del p, d_p
-        flat = queries.flatten(1, 2) * scale
-        d_k[heads] += (d_logits.transpose(1, 2) @ flat).view_as(d_k[heads])
+        d_k[heads] += (queries.flatten(1, 2) * scale).transpose(1, 2).contiguous() @ d_logits
         by_key = d_logits.view(*queries.shape[:3], *sides)
         down, across = by_key.sum(-1), by_key.sum(-2)  # (G', rows, W', H'), (G', rows, W', W')
-        d_queries = (d_logits @ k[heads].flatten(1, 2)).mul_(scale).view_as(queries)
+        d_queries = (d_logits @ k[heads]).mul_(scale).view_as(queries)
         d_queries += down @ rel_h[rows]
         d_queries += (across.transpose(1, 2) @ rel_w).transpose(1, 2)
         d_q[heads, rows] = d_queries.to(exact)
         d_h[rows] += torch.einsum("grwk,grwd->rkd", down, queries)
         d_w += torch.einsum("grwk,grwd->wkd", across, queries)
-    return result, d_h, d_w
+    d_qkv[1], d_qkv[2] = (x.transpose(1, 2).reshape(q.shape) for x in (d_k, d_v))
+    return d_qkv, d_h, d_w
+
+
+def _upright(x: Tensor) -> Tensor:
+    """(G, H', W', d) -> (G, d, H' W'), contiguous: torch's products in bfloat16 copy a transposed
+    matrix at each call, which cost more than the product itself.
+    """
+    return x.flatten(1, 2).transpose(1, 2).contiguous()
 
 
 def _probabilities(q: Tensor, k: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
-    """q: (G, rows, W', d) of H' rows or fewer. k: (G, H', W', d). rel_h: (rows, H', d), of these
+    """q: (G, rows, W', d) of H' rows or fewer. k: (G, d, H' W'). rel_h: (rows, H', d), of these
     queries. Returns (G, rows W', H' W').
     """
     down = q @ rel_h.transpose(1, 2)  # (G, rows, W', H')
     across = (q.transpose(1, 2) @ rel_w.transpose(1, 2)).transpose(1, 2)  # (G, rows, W', W')
     logits = (down[..., :, None] + across[..., None, :]).flatten(3).flatten(1, 2)
-    logits.baddbmm_(q.flatten(1, 2), k.flatten(1, 2).transpose(1, 2), alpha=q.shape[-1] ** -0.5)
+    logits.baddbmm_(q.flatten(1, 2), k, alpha=q.shape[-1] ** -0.5)
     return logits.softmax(-1)
 
 
