@@ -3,8 +3,9 @@
     python code/run_sa.py benchmark --model_type vit_b --batch_size 8 > step.json
     python benchmarks/scale.py step.json --images 1e6 --gpus 64 --loader_rate ... --network ...
 
-Reads the line of JSON that `run_sa.py benchmark` ends with; the other rates are flags without
-defaults, since only a measurement knows them. Prints a Markdown table. docs/scale.md explains it.
+Reads the line of JSON that `run_sa.py benchmark` ends with. The other rates are flags without
+defaults, since only a measurement knows them; of one that is left out the table says only how high
+it must be. Prints a Markdown table. docs/scale.md explains it.
 """
 
 from __future__ import annotations
@@ -52,24 +53,41 @@ class Step:
 
 @dataclass(frozen=True)
 class Cluster:
-    """What else must be known. Rates are those measured while all GPUs are at work."""
+    """What else must be known. Rates are those measured while all GPUs are at work; None: unknown.
 
-    images: float  # in the training set
+    loader_rate: images/s that one CPU core decodes, augments and fits. bytes_per_image: of image
+    and mask, as they lie on the disk. Bytes/s: storage of all machines together; network per GPU,
+    where there are several machines; write of the process that writes a checkpoint.
+    """
+
+    images: float
     gpus: float
-    loader_rate: float  # images/s that one CPU core decodes, augments and fits
     cores_per_gpu: float
-    bytes_per_image: float  # of image and mask, as they lie on the disk
-    storage: float  # bytes/s that the storage gives to all machines together
-    network: (
-        float  # bytes/s between GPUs: where there are several machines, of their network per GPU
-    )
-    write: float  # bytes/s with which one process writes a checkpoint
+    bytes_per_image: float
+    loader_rate: float | None = None
+    storage: float | None = None
+    network: float | None = None
+    write: float | None = None
 
 
-def seconds_per_epoch(step: Step, cluster: Cluster) -> dict[str, float]:
-    """Each resource's time for one epoch if it alone counted; raises ValueError for rates <= 0."""
+REQUIRED = ("images", "gpus", "cores_per_gpu", "bytes_per_image")
+# What works beside the GPUs, its rate, and the unit of that rate.
+BESIDE = {
+    "loader": ("loader_rate", "{:,.1f} images/s a core"),
+    "storage": ("storage", "{:,.2f} GB/s"),
+    "network": ("network", "{:,.3f} GB/s a GPU"),
+}
+_GIGA = {"loader_rate": 1, "storage": 1e9, "network": 1e9}
+
+
+def work_per_epoch(step: Step, cluster: Cluster) -> dict[str, float]:
+    """What an epoch asks of each resource, in the unit of its rate; of the GPUs, seconds.
+
+    Raises ValueError for numbers that are not positive.
+    """
     for field in fields(cluster):
-        if not getattr(cluster, field.name) > 0:
+        value = getattr(cluster, field.name)
+        if value is not None and not value > 0:
             raise ValueError(f"--{field.name} must be positive")
     if not (step.rate > 0 and step.images > 0):
         raise ValueError("the benchmark measured no images")
@@ -77,11 +95,26 @@ def seconds_per_epoch(step: Step, cluster: Cluster) -> dict[str, float]:
     steps = math.ceil(images / (gpus * step.images))
     return {
         "GPUs": steps * step.images / step.rate,  # the last step is padded
-        "loader": images / (gpus * cluster.cores_per_gpu * cluster.loader_rate),
-        "storage": images * cluster.bytes_per_image / cluster.storage,
-        "network": steps * traffic(step, gpus) / cluster.network,
-        "checkpoint": checkpoint_bytes(step) / cluster.write,
+        "loader": images / (gpus * cluster.cores_per_gpu),
+        "storage": images * cluster.bytes_per_image,
+        "network": steps * traffic(step, gpus),
+        "checkpoint": checkpoint_bytes(step),
     }
+
+
+def seconds_per_epoch(step: Step, cluster: Cluster) -> dict[str, float | None]:
+    """Each resource's time for one epoch if it alone counted; None where its rate is unknown."""
+    rates = {"GPUs": 1.0, "checkpoint": cluster.write}
+    rates |= {name: getattr(cluster, field) for name, (field, _) in BESIDE.items()}
+    work = work_per_epoch(step, cluster)
+    return {name: amount / rates[name] if rates[name] else None for name, amount in work.items()}
+
+
+def needed(step: Step, cluster: Cluster) -> dict[str, str]:
+    """The least rate of each resource beside the GPUs with which they need not wait, in words."""
+    work = work_per_epoch(step, cluster)
+    least = {name: work[name] / work["GPUs"] for name in BESIDE}
+    return {name: unit.format(least[name] / _GIGA[field]) for name, (field, unit) in BESIDE.items()}
 
 
 def traffic(step: Step, gpus: float) -> float:
@@ -103,22 +136,28 @@ def checkpoint_bytes(step: Step) -> float:
 
 
 def table(step: Step, cluster: Cluster) -> str:
-    """Markdown: each resource's time, the largest of those that work at the same time, the sum."""
+    """Markdown: each resource's time and the rate that it needs; what binds of those whose rates
+    are known and which work at the same time; the sum."""
     seconds = seconds_per_epoch(step, cluster)
-    at_once = {name: time for name, time in seconds.items() if name != "checkpoint"}
+    known = {name: time for name, time in seconds.items() if time is not None}
+    at_once = {name: time for name, time in known.items() if name != "checkpoint"}
     binding = max(at_once, key=at_once.get)
-    epoch = at_once[binding] + seconds["checkpoint"]
-    exposed = max(epoch, seconds["GPUs"] + seconds["network"] + seconds["checkpoint"])
-    rows = ["| what | seconds per epoch | of the epoch | |", "| --- | ---: | ---: | --- |"]
+    writing = known.get("checkpoint", 0.0)
+    epoch = at_once[binding] + writing
+    rows = ["| what | seconds per epoch | | the GPUs need |", "| --- | ---: | --- | ---: |"]
+    least = needed(step, cluster)
     for name, time in seconds.items():
+        said = "not measured" if time is None else f"{time:,.1f}"
         mark = "binds" if name == binding else ""
-        rows.append(f"| {name} | {time:,.1f} | {time / epoch:.0%} | {mark} |")
+        rows.append(f"| {name} | {said} | {mark} | {least.get(name, '')} |")
+    rows.append(f"| **epoch**, all at once | {epoch:,.1f} | | |")
+    if "network" in known:
+        exposed = max(epoch, seconds["GPUs"] + seconds["network"] + writing)
+        rows.append(f"| epoch, network not hidden | {exposed:,.1f} | | |")
     rows += [
-        f"| **epoch**, all at once | {epoch:,.1f} | 100% | |",
-        f"| epoch, network not hidden | {exposed:,.1f} | {exposed / epoch:.0%} | |",
         "",
         f"{cluster.images / epoch:,.1f} images/s on {cluster.gpus:g} GPUs, "
-        f"{seconds['GPUs'] / epoch:.0%} of what they could do; {step.rate:,.1f} on one.",
+        f"{seconds['GPUs'] / epoch:.0%} of what they could do; {step.rate:,.3g} on one.",
     ]
     return "\n".join(rows)
 
@@ -127,7 +166,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("benchmark", help="file that ends with the benchmark's line of JSON")
     for field in fields(Cluster):
-        parser.add_argument(f"--{field.name}", type=float, required=True)
+        parser.add_argument(f"--{field.name}", type=float, required=field.name in REQUIRED)
     given = vars(parser.parse_args(argv))
     try:
         print(table(Step.read(given.pop("benchmark")), Cluster(**given)))

@@ -77,6 +77,20 @@ def test_the_slowest_binds(scale, tmp_path, binding, change):
     assert f"| **epoch**, all at once | {epoch:,.1f} |" in text
 
 
+def test_what_is_not_measured_is_said_and_how_high_it_must_be(scale, tmp_path):
+    """13 steps of 8 images at 20/s keep the GPUs busy for 5.2 s."""
+    step = step_of(scale, tmp_path)
+    cluster = replace(scale.Cluster(**CLUSTER), network=None, loader_rate=None, write=None)
+    assert scale.seconds_per_epoch(step, cluster)["network"] is None
+    text = scale.table(step, cluster)
+    assert "| loader | not measured |  | 2.4 images/s a core |" in text  # 1000 / 10 / 8 / 5.2
+    assert "| network | not measured |" in text and "not hidden" not in text
+    assert "| **epoch**, all at once | 5.2 |" in text
+    least = {"loader_rate": 1000 / 10 / 8 / 5.2, "storage": 1e5 / 5.2, "network": 13 * 7200 / 5.2}
+    enough = scale.seconds_per_epoch(step, replace(cluster, **least))
+    assert [enough[name] for name in scale.BESIDE] == pytest.approx([5.2] * 3)
+
+
 def test_more_gpus_do_not_make_the_storage_faster(scale, tmp_path):
     step, few = step_of(scale, tmp_path), scale.Cluster(**CLUSTER)
     many = replace(few, gpus=20)
