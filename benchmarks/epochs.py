@@ -79,7 +79,7 @@ def draw(root: Path, count: int, side: int) -> None:
 
 
 def train(flags: list[str], run: Path, until_first: bool) -> tuple[float, list[dict]]:
-    """Seconds until the first record is on disk (else until the end), and all records."""
+    """Seconds until the first record is on disk (else until the end); the records of epochs."""
     launcher = ["torchrun.py", "--standalone", "--nproc_per_node", "1"] if until_first else []
     scripts = [*launcher, "run_sa.py"]
     scripts = [str(ROOT / "code" / s) if s.endswith(".py") else s for s in scripts]
@@ -97,7 +97,8 @@ def train(flags: list[str], run: Path, until_first: bool) -> tuple[float, list[d
     if child.returncode:
         raise SystemExit(said[-2000:] or f"train ended with exit code {child.returncode}")
     seconds = seconds or time.perf_counter() - start
-    return seconds, [json.loads(line) for line in records.read_text().splitlines()]
+    lines = map(json.loads, records.read_text().splitlines())
+    return seconds, [line for line in lines if "seconds" in line]  # not those of single steps
 
 
 if __name__ == "__main__":
