@@ -108,7 +108,8 @@ def _build(config: BenchmarkConfig) -> PromptedSam:
     options, prompt, classes = config.model, config.prompts.prompt, config.benchmark.num_classes
     checkpoint = None if options.checkpoint == "auto" else find_checkpoint(options)
     model = build_model(options, config.adapter, prompt, checkpoint, config.run.seed, classes)
-    model.base_keys = frozenset(model.state_dict())  # as if they came from a file
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.base_keys = frozenset(model.state_dict()) - trainable  # as if those came from a file
     return model
 
 

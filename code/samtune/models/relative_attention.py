@@ -48,10 +48,11 @@ def relative_attention(
         for place in _groups(qkv, window):
             q, k, v = _windows(qkv[place], outside, window)
             mixed = torch.empty_like(q, memory_format=torch.contiguous_format)
-            k, v = _upright(k), v.flatten(1, 2).contiguous()
-            for heads, rows in _parts(q):
-                p = _probabilities(q[heads, rows], k[heads], rel_h[rows], rel_w)
-                mixed[heads, rows] = (p @ v[heads]).view_as(mixed[heads, rows])
+            for heads, lines in _parts(q):
+                k_up, values = _upright(k[heads]), v[heads].flatten(1, 2).contiguous()
+                for rows in lines:
+                    p = _probabilities(q[heads, rows], k_up, rel_h[rows], rel_w)
+                    mixed[heads, rows] = (p @ values).view_as(mixed[heads, rows])
             _back(out[place], mixed[None], window)
     return out
 
@@ -93,31 +94,34 @@ def _group_backward(
     They are summed in float32 at least.
     """
     exact = torch.promote_types(qkv.dtype, torch.float32)
-    d_qkv = torch.zeros(qkv.shape, dtype=exact)
+    result = torch.empty(qkv.shape, dtype=exact)
     d_h, d_w = torch.zeros_like(rel_h, dtype=exact), torch.zeros_like(rel_w, dtype=exact)
-    q, d_q, k = qkv[0], d_qkv[0], qkv[1].flatten(1, 2).contiguous()
-    k_up, v_up = _upright(qkv[1]), _upright(qkv[2])
-    d_k, d_v = torch.zeros(2, *k_up.shape, dtype=exact)  # (G, d, N')
-    scale, sides = q.shape[-1] ** -0.5, q.shape[1:3]
-    for heads, rows in _parts(q):
-        queries = q[heads, rows]
-        p = _probabilities(queries, k_up[heads], rel_h[rows], rel_w)  # (G', N, N')
-        mixed = gradient[heads, rows].flatten(1, 2)  # (G', N, d)
-        d_v[heads] += mixed.transpose(1, 2).contiguous() @ p
-        d_p = mixed @ v_up[heads]
-        d_logits = torch.ops.aten._softmax_backward_data(d_p, p, -1, p.dtype)
-        del p, d_p
-        d_k[heads] += (queries.flatten(1, 2) * scale).transpose(1, 2).contiguous() @ d_logits
-        by_key = d_logits.view(*queries.shape[:3], *sides)
-        down, across = by_key.sum(-1), by_key.sum(-2)  # (G', rows, W', H'), (G', rows, W', W')
-        d_queries = (d_logits @ k[heads]).mul_(scale).view_as(queries)
-        d_queries += down @ rel_h[rows]
-        d_queries += (across.transpose(1, 2) @ rel_w).transpose(1, 2)
-        d_q[heads, rows] = d_queries.to(exact)
-        d_h[rows] += torch.einsum("grwk,grwd->rkd", down, queries)
-        d_w += torch.einsum("grwk,grwd->wkd", across, queries)
-    d_qkv[1], d_qkv[2] = (x.transpose(1, 2).reshape(q.shape) for x in (d_k, d_v))
-    return d_qkv, d_h, d_w
+    (q, k, v), sides = qkv, qkv.shape[2:4]
+    scale = q.shape[-1] ** -0.5
+    for heads, lines in _parts(q):
+        k_up, v_up = _upright(k[heads]), _upright(v[heads])
+        keys = k[heads].flatten(1, 2).contiguous()
+        d_k, d_v = torch.zeros(2, *k_up.shape, dtype=exact)  # (G', d, N')
+        for rows in lines:
+            queries = q[heads, rows]
+            p = _probabilities(queries, k_up, rel_h[rows], rel_w)  # (G', N, N')
+            mixed = gradient[heads, rows].flatten(1, 2)  # (G', N, d)
+            d_v += mixed.transpose(1, 2).contiguous() @ p
+            d_p = mixed @ v_up
+            d_logits = torch.ops.aten._softmax_backward_data(d_p, p, -1, p.dtype)
+            del p, d_p
+            d_k += (queries.flatten(1, 2) * scale).transpose(1, 2).contiguous() @ d_logits
+            by_key = d_logits.view(*queries.shape[:3], *sides)
+            down, across = by_key.sum(-1), by_key.sum(-2)  # (G', rows, W', H'), (G', rows, W', W')
+            d_queries = (d_logits @ keys).mul_(scale).view_as(queries)
+            d_queries += down @ rel_h[rows]
+            d_queries += (across.transpose(1, 2) @ rel_w).transpose(1, 2)
+            result[0][heads, rows] = d_queries.to(exact)
+            d_h[rows] += torch.einsum("grwk,grwd->rkd", down, queries)
+            d_w += torch.einsum("grwk,grwd->wkd", across, queries)
+        for part, of_keys in ((1, d_k), (2, d_v)):
+            result[part][heads] = of_keys.transpose(1, 2).unflatten(1, sides)
+    return result, d_h, d_w
 
 
 def _upright(x: Tensor) -> Tensor:
@@ -158,15 +162,15 @@ def _groups(qkv: Tensor, window: list[int]) -> Iterator[tuple[slice, slice]]:
             yield slice(image, image + 1), slice(line, line + together * high)
 
 
-def _parts(q: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Which of the G heads of windows, and which lines of queries, are computed together."""
+def _parts(q: Tensor) -> Iterator[tuple[slice, list[slice]]]:
+    """Which of the G heads of windows are computed together, and in which bands of query lines."""
     count, high, wide = q.shape[:3]
     of_line = wide * high * wide
     rows = min(high, max(1, _most_values() // of_line))
     heads = max(1, _most_values() // (rows * of_line))
+    bands = [slice(row, row + rows) for row in range(0, high, rows)]
     for head in range(0, count, heads):
-        for row in range(0, high, rows):
-            yield slice(head, head + heads), slice(row, row + rows)
+        yield slice(head, head + heads), bands
 
 
 def _windows(x: Tensor, outside: Tensor, window: list[int]) -> Tensor:
