@@ -7,7 +7,9 @@ import pytest
 
 CODE = Path(__file__).resolve().parents[1] / "code"
 PACKAGE = CODE / "samtune"
-GROUND = {"errors", "structures", "config", "flags", "run_folder", "tensor_files", "threads"}
+GROUND = {
+    "errors", "structures", "config", "flags", "run_folder", "run_lock", "tensor_files", "threads",
+}  # fmt: skip
 WINGS = {"models", "data", "metrics", "losses", "engine"}
 VERBS = {
     "train", "evaluate", "importing", "merging", "compare", "benchmark", "adapter_table",
@@ -22,7 +24,8 @@ COMPOSED = {
 # room -> the rooms it may import beside itself
 MAY_IMPORT = {
     **{name: set() for name in GROUND},
-    "run_folder": {"errors"},
+    "run_folder": {"errors", "run_lock"},
+    "run_lock": {"errors"},
     "flags": {"errors", "config"},
     "tensor_files": {"errors"},
     **dict.fromkeys(WINGS, GROUND),

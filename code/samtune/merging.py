@@ -10,7 +10,8 @@ from torch import Tensor
 from samtune.adapters import ADAPTERS
 from samtune.config import MergeOptions
 from samtune.engine import distributed
-from samtune.engine.checkpoint import read_metadata, write_atomically
+from samtune.engine.checkpoint import read_metadata
+from samtune.engine.durable import write_atomically
 from samtune.engine.distributed import Process
 from samtune.models import MODEL_TYPES
 from samtune.run_folder import newest

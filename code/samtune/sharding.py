@@ -9,7 +9,7 @@ from samtune.data.files import Pair, find_pairs
 from samtune.data.lists import listed_pairs
 from samtune.data.samples import is_annotations
 from samtune.data.shard_writer import shard_keys, write_shard
-from samtune.engine.checkpoint import write_atomically
+from samtune.engine.durable import write_atomically
 from samtune.errors import UserError
 
 

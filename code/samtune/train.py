@@ -289,8 +289,8 @@ def _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state):
     keys = EpochBatches(plan)
     train_loader = make_loader(dataset, keys, loader.workers, on_gpu)
 
-    def make_batches(epoch: int, first_step: int):
-        keys.begin(epoch, first_step)
+    def make_batches(epoch: int, seen: int):
+        keys.begin(epoch, seen)
         return train_loader
 
     def validate() -> dict[str, float]:

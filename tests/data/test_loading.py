@@ -187,10 +187,10 @@ def test_one_loader_serves_all_epochs_by_the_same_processes(pairs, start_method)
     plan = TrainPlan(len(pairs), 2, 2, rank=0, world=1, seed=3)
     keys, processes = EpochBatches(plan), set()
     with closing(make_loader(dataset_of(pairs), keys, 2, start_method=start_method)) as loader:
-        for epoch, step, taken in ((0, 0, 6), (1, 0, 1), (1, 1, 4), (2, 2, 2)):
-            keys.begin(epoch, step)
+        for epoch, seen, taken in ((0, 0, 6), (1, 0, 1), (1, 4, 4), (2, 8, 2)):
+            keys.begin(epoch, seen)
             batches = list(itertools.islice(loader, taken))
-            fresh = make_loader(dataset_of(pairs), plan.batches(epoch, step), 0)
+            fresh = make_loader(dataset_of(pairs), plan.batches(epoch, seen), 0)
             assert len(batches) == taken and all(map(same, batches, fresh))
             processes |= {worker.pid for worker in loader._iterator._workers}
     assert len(processes) == 2

@@ -73,7 +73,7 @@ def test_starting_in_the_middle_goes_on_as_if_never_interrupted():
     for start in range(plan.steps_per_epoch + 1):
         done = sum(len(plan.step(4, step)[0]) for step in range(start))
         fresh = TrainPlan(50, 2, 2, rank=1, world=2, seed=3)
-        assert fresh.batches(4, start) == whole[done:]
+        assert fresh.batches(4, start * plan.samples_per_step) == whole[done:]
 
 
 @pytest.mark.parametrize("split", [*SPLITS, (3, 2, 1), (3, 1, 3)])
@@ -82,9 +82,9 @@ def test_one_object_gives_every_epoch_from_any_step(samples, split):
     """For a loader that lives through all epochs; its length is that of a whole one."""
     for plan in plans(samples, *split):
         keys = EpochBatches(plan)
-        for epoch, step in ((0, 0), (1, 1), (1, 0), (4, plan.steps_per_epoch)):
-            keys.begin(epoch, step)
-            assert list(keys) == plan.batches(epoch, step)
+        for epoch, seen in ((0, 0), (1, plan.samples_per_step), (1, 3), (1, 0), (4, samples)):
+            keys.begin(epoch, seen)
+            assert list(keys) == plan.batches(epoch, seen)
         assert len(keys) == len(plan.batches(0))
 
 
@@ -93,8 +93,25 @@ def test_an_iteration_under_way_is_not_moved_by_the_next():
     keys = EpochBatches(plan)
     first = iter(keys)
     begun = [next(first)]
-    keys.begin(7, 2)
-    assert begun + list(first) == plan.batches(0) and list(keys) == plan.batches(7, 2)
+    keys.begin(7, 4)
+    assert begun + list(first) == plan.batches(0) and list(keys) == plan.batches(7, 4)
+
+
+@pytest.mark.parametrize("samples", SAMPLES)
+def test_steps_of_another_size_go_on_with_the_samples_that_are_left(samples):
+    """An epoch in three parts on other processes: each sample once, in the order of one part."""
+    order, seen, given = TrainPlan(samples, 1, 1, 0, 1, seed=3).order(6).tolist(), 0, []
+    for split, steps in (((2, 1, 1), 1), ((3, 2, 1), 1), ((1, 1, 3), samples)):
+        together = plans(samples, *split)
+        for _ in range(steps):
+            shares = [plan.take(6, seen) for plan in together]
+            if not (count := shares[0][1]):
+                break
+            indices = {key.index for batches, _ in shares for key in real(batches)}
+            assert indices == set(order[seen : seen + count])
+            given += indices
+            seen += count
+    assert seen == samples and sorted(given) == list(range(samples))
 
 
 def test_epochs_and_seeds_shuffle_differently():

@@ -110,18 +110,21 @@ class Plan:
     def steps_per_epoch(self):
         return -(-self.samples // self.samples_per_step)
 
-    def step(self, epoch, step):
+    def take(self, epoch, seen):
         order = torch.randperm(self.samples, generator=_generator(self.seed, epoch)).tolist()
-        taken = order[step * self.samples_per_step :][: self.samples_per_step]
+        taken = order[seen:][: self.samples_per_step]
         mine = [Key(epoch, index) for index in taken[self.rank :: self.world]]
         if len(mine) < -(-len(taken) // self.world):
             mine.append(Key(epoch, taken[0], 0.0))
         size = self.batch_size
         return [mine[i : i + size] for i in range(0, len(mine), size)], len(taken)
 
-    def batches(self, epoch, start):
-        steps = range(start, self.steps_per_epoch)
-        return [batch for step in steps for batch in self.step(epoch, step)[0]]
+    def step(self, epoch, step):
+        return self.take(epoch, step * self.samples_per_step)
+
+    def batches(self, epoch, seen):
+        starts = range(seen, self.samples, self.samples_per_step)
+        return [batch for start in starts for batch in self.take(epoch, start)[0]]
 
 
 def _generator(*numbers: int) -> torch.Generator:
@@ -163,8 +166,8 @@ def collate(items) -> Batch:
 def make_batches(plan, workers=0, broken=()):
     """The loader factory that `Trainer.fit` wants."""
     data = Items(plan.samples, broken)
-    return lambda epoch, start: DataLoader(
-        data, batch_sampler=plan.batches(epoch, start), collate_fn=collate, num_workers=workers
+    return lambda epoch, seen: DataLoader(
+        data, batch_sampler=plan.batches(epoch, seen), collate_fn=collate, num_workers=workers
     )
 
 

@@ -13,13 +13,12 @@ from samtune.engine.checkpoint import (
     Checkpoints,
     adapted_state,
     load_adapted,
-    load_run_state,
     read_metadata,
     require_same,
     save_adapted,
     save_parent,
-    save_run_state,
 )
+from samtune.engine.run_states import load_run_state, save_run_state
 from samtune.errors import UserError
 from samtune.run_folder import RunFolder
 

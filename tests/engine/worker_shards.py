@@ -95,7 +95,7 @@ def fit(
     untrained = scores_of(trainer.model, pictures, process)
     trainer.fit(
         plan,
-        lambda epoch, first: make_loader(dataset, plan.batches(epoch, first), workers=0),
+        lambda epoch, seen: make_loader(dataset, plan.batches(epoch, seen), workers=0),
         lambda: scores_of(trainer.model, pictures, process),
         diary, saved, epochs=epochs, patience=0, resume=saved.load_last() if resume else None,
     )  # fmt: skip

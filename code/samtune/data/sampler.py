@@ -20,9 +20,10 @@ class TrainPlan:
     """The samples of every optimizer step of every epoch, for one of `world` processes.
 
     A step takes the next G = world * batch_size * accumulate samples of the epoch's random order;
-    the processes take turns. So the samples of step s depend on G, not on how it is divided, every
-    sample comes once per epoch, and any step can be computed without those before it. The last step
-    of an epoch takes what is left. All processes have equally many micro-batches in a step: one
+    the processes take turns. So the samples of a step depend on G, not on how it is divided, every
+    sample comes once per epoch, and any step can be computed without those before it: a position
+    in an epoch is how many of its samples were taken, so steps of another size may follow. The last
+    step of an epoch takes what is left. All processes have equally many micro-batches in a step: one
     that would have a micro-batch less gets another sample of the step again, with weight 0.
     Raises UserError if a number is below 1 or there are fewer samples than processes.
     """
@@ -59,44 +60,51 @@ class TrainPlan:
         """(samples,) indices in the order of this epoch, the same in every process."""
         return _order(self.samples, self.seed, epoch)
 
-    def step(self, epoch: int, step: int) -> tuple[list[MicroBatch], int]:
-        """This process's micro-batches of a step, and how many samples all processes have in it."""
-        taken = self.order(epoch)[step * self.samples_per_step :][: self.samples_per_step]
+    def take(self, epoch: int, seen: int) -> tuple[list[MicroBatch], int]:
+        """The step after the first `seen` samples of an epoch: this process's micro-batches, and
+        how many samples all processes have in it."""
+        taken = self.order(epoch)[seen : seen + self.samples_per_step]
         mine = [SampleKey(epoch, int(index)) for index in taken[self.rank :: self.world]]
         size, longest = self.batch_size, -(-len(taken) // self.world)
         if -(-len(mine) // size) < -(-longest // size):
             mine.append(SampleKey(epoch, int(taken[0]), weight=0.0))
         return [mine[i : i + size] for i in range(0, len(mine), size)], len(taken)
 
-    def batches(self, epoch: int, start_step: int = 0) -> list[MicroBatch]:
-        """All micro-batches of an epoch from a step on, one after the other."""
-        steps = range(start_step, self.steps_per_epoch)
-        return [batch for step in steps for batch in self.step(epoch, step)[0]]
+    def step(self, epoch: int, step: int) -> tuple[list[MicroBatch], int]:
+        """The same, of a step of an epoch whose steps all have this size."""
+        return self.take(epoch, step * self.samples_per_step)
+
+    def batches(self, epoch: int, seen: int = 0) -> list[MicroBatch]:
+        """All micro-batches of an epoch after its first `seen` samples, one after the other."""
+        return list(self.one_by_one(epoch, seen))
+
+    def one_by_one(self, epoch: int, seen: int) -> Iterator[MicroBatch]:
+        """The same, made as they are asked for."""
+        starts = range(seen, self.samples, self.samples_per_step)
+        return (batch for start in starts for batch in self.take(epoch, start)[0])
 
 
 class EpochBatches:
     """The micro-batches of a plan's epochs, for one loader that lives through all of them.
 
-    An iteration gives those of the epoch that `begin` named last, from that step on, made as they
-    are asked for. `len` is that of a whole epoch.
+    An iteration gives those of the epoch that `begin` named last, after its first samples, made as
+    they are asked for. `len` is that of a whole epoch.
     """
 
     def __init__(self, plan: TrainPlan):
         self.plan = plan
-        self._epoch = self._first_step = 0
+        self._epoch = self._seen = 0
 
-    def begin(self, epoch: int, first_step: int) -> None:
+    def begin(self, epoch: int, seen: int) -> None:
         """Say what the next iteration gives; one that is under way goes on with its own."""
-        self._epoch, self._first_step = epoch, first_step
+        self._epoch, self._seen = epoch, seen
 
     def __len__(self) -> int:
         whole, left = divmod(self.plan.samples, self.plan.samples_per_step)
         return whole * self.plan.accumulate + -(-left // (self.plan.world * self.plan.batch_size))
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        plan, epoch = self.plan, self._epoch
-        steps = range(self._first_step, plan.steps_per_epoch)
-        return (batch for step in steps for batch in plan.step(epoch, step)[0])
+        return self.plan.one_by_one(self._epoch, self._seen)
 
 
 def eval_batches(samples: int, batch_size: int, rank: int, world: int) -> list[MicroBatch]:

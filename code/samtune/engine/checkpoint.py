@@ -5,18 +5,18 @@ hold. It lies in safetensors with a JSON description beside the tensors, so that
 which model it belongs to. The *run state* is the adapted state plus optimizer, position and random
 number generators; it is read with `weights_only=True`, so it holds tensors and plain values only.
 
-A file is written under another name, flushed to the disk and only then given its own name: a crash
-in between leaves the old file whole.
+How files are written, so that nothing leaves half of one, says `durable`; how several run states are
+kept, `run_states`.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,41 +24,65 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from samtune.engine import distributed
 from samtune.engine.distributed import gather_tensors, shard_like, unwrap
+from samtune.engine.durable import checksum, require_written, write_atomically
+from samtune.engine.run_states import RunStates, load_run_state
 from samtune.errors import UserError
-from samtune.run_folder import RunFolder
+from samtune.run_folder import RunFolder, date_after, latest_save
 from samtune.tensor_files import existing_file, read_state_dict, read_tensors
 
 IDENTITY = ("adapter", "model_type", "image_size", "base_sha256")  # what a file cannot change
-_METADATA_KEY = "samtune"
+_METADATA_KEY, _CHECKSUM_KEY = "samtune", "checksum"
 _SHOWN_NAMES = 6
 
 Renames = Sequence[tuple[str, str | None]]
 
 
 class Checkpoints:
-    """The two checkpoints of one run. `metadata` describes the model and goes into each of them.
+    """The checkpoints of one run: its best state and its last ones, of which `keep` stay.
 
-    What is written does not depend on how the model lies on the ranks: a sharded run's files serve
-    any other.
+    `metadata` describes the model and goes into each of them. What is written does not depend on
+    how the model lies on the ranks: a sharded run's files serve any other.
     """
 
-    def __init__(self, folder: RunFolder, metadata: Mapping[str, Any], save_pth: bool = False):
+    def __init__(
+        self, folder: RunFolder, metadata: Mapping[str, Any], save_pth: bool = False, keep: int = 2
+    ):
         self.folder, self.metadata, self.save_pth = folder, dict(metadata), save_pth
+        self.states = RunStates(folder, keep)
+        self.warning = ""  # about states that `load_last` passed over
 
     def save_best(self, model: nn.Module, **facts) -> None:
         """Collective. Rank 0 writes the adapted state, `facts` (epoch, scores) in its metadata."""
-        save_adapted(self.folder.best, model, self.metadata | facts)
+        earlier = self._earlier
+        if save_adapted(self.folder.best, model, self.metadata | facts):
+            date_after(self.folder.best, earlier)
         if self.save_pth:
             save_parent(self.folder.best_pth, model)
 
     def save_last(self, state: Mapping[str, Any]) -> None:
-        save_run_state(self.folder.last, {**state, "metadata": self.metadata})
+        earlier = self._earlier
+        self.states.save({**state, "metadata": self.metadata})
+        date_after(self.folder.last, earlier)
+
+    @cached_property
+    def _earlier(self) -> float:
+        """The latest date of what was saved before this run first saved."""
+        return latest_save()
 
     def load_last(self) -> dict[str, Any]:
-        """The run state. Raises UserError if it belongs to another model than this run's."""
-        state = load_run_state(self.folder.last)
-        require_same(self.folder.last, state.get("metadata", {}), self.metadata)
+        """Collective. The newest run state that is whole, the same one on all ranks.
+
+        Raises UserError if there is none, or if it belongs to another model than this run's.
+        """
+        with distributed.together():
+            state, path, self.warning = self.states.load()
+        theirs = distributed.broadcast_object(path)
+        with distributed.together():
+            if path != theirs:  # this machine could not read what rank 0 could
+                state = load_run_state(theirs)
+            require_same(theirs, state.get("metadata", {}), self.metadata)
         return state
 
 
@@ -94,16 +118,24 @@ def _adapted_keys(model: nn.Module) -> list[str]:
     return [key for i, key in first_name.items() if i in moving or key not in model.base_keys]
 
 
-def save_adapted(path: str | Path, model: nn.Module, metadata: Mapping[str, Any]) -> None:
+def save_adapted(path: str | Path, model: nn.Module, metadata: Mapping[str, Any]) -> bool:
     """Write the adapted state as safetensors, `metadata` (JSON-able) with it, atomically.
 
-    Rank 0 writes. Collective if the model is sharded.
+    Rank 0 writes; returns whether this one is. Collective if the model is sharded.
     """
     state = adapted_state(model)
     if state is None:
-        return
-    content = save(state, {_METADATA_KEY: json.dumps(dict(metadata))})
-    write_atomically(path, lambda file: file.write(content))
+        return False
+    text = json.dumps(dict(metadata))
+    expected = checksum([text, state])
+    content = save(state, {_METADATA_KEY: text, _CHECKSUM_KEY: expected})
+
+    def check(written: Path) -> None:
+        header, tensors = _header(written), read_tensors(written)
+        require_written(written, checksum([header[_METADATA_KEY], tensors]), expected)
+
+    write_atomically(path, lambda file: file.write(content), check)
+    return True
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -112,12 +144,32 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     Raises UserError if the file is missing, damaged, or was not written by samtune.
     """
     try:
+        return json.loads(_header(path)[_METADATA_KEY])
+    except (KeyError, ValueError):
+        raise UserError(f"{path} does not say what model it belongs to: not samtune's") from None
+
+
+def _header(path: str | Path) -> dict[str, str]:
+    """The texts beside the tensors of a safetensors file. Raises UserError if it is none."""
+    try:
         with safe_open(existing_file(path), "pt") as file:
-            return json.loads(file.metadata()[_METADATA_KEY])
+            return file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a readable safetensors file: {error}") from None
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path} does not say what model it belongs to: not samtune's") from None
+
+
+def _require_whole(path: str | Path, state: Mapping[str, Tensor]) -> None:
+    """Raise UserError if the file says which checksum its content has, and it has another.
+
+    Files of others, and those from before checksums, say none.
+    """
+    header = _header(path)
+    expected = header.get(_CHECKSUM_KEY)
+    if expected is not None and checksum([header.get(_METADATA_KEY), state]) != expected:
+        raise UserError(
+            f"{path} is damaged: its content does not have the checksum it was given; take it from "
+            "a copy"
+        )
 
 
 def require_same(path: str | Path, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
@@ -141,7 +193,9 @@ def load_adapted(model: nn.Module, path: str | Path, renames: Renames = ()) -> l
     Raises UserError with the names that are missing, unknown or of another shape.
     """
     if Path(path).suffix == ".safetensors":
-        return _load(model, path, read_state_dict(path), exact=True)
+        state = read_state_dict(path)
+        _require_whole(path, state)
+        return _load(model, path, state, exact=True)
     state = {renamed(key, renames): tensor for key, tensor in read_state_dict(path).items()}
     state.pop(None, None)
     return load_published(model, path, state)
@@ -211,8 +265,13 @@ def save_parent(path: str | Path, model: nn.Module) -> None:
     model = unwrap(model)
     adapted = set(_adapted_keys(model))
     state = _gathered(model, lambda key: key in adapted or key.startswith("mask_decoder."))
-    if state is not None:
-        write_atomically(path, lambda file: torch.save(state, file))
+    if state is None:
+        return
+
+    def check(written: Path) -> None:
+        require_written(written, checksum(read_tensors(written)), checksum(state))
+
+    write_atomically(path, lambda file: torch.save(state, file), check)
 
 
 def optimizer_state(optimizer: Optimizer) -> dict[str, Any] | None:
@@ -240,39 +299,3 @@ def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None
     }
     groups = [{**now, "params": saved["params"]} for now, saved in groups]
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
-
-
-def save_run_state(path: str | Path, state: Mapping[str, Any]) -> None:
-    """Write a dict of tensors and plain values, atomically."""
-    write_atomically(path, lambda file: torch.save(dict(state), file))
-
-
-def load_run_state(path: str | Path) -> dict[str, Any]:
-    """Read what `save_run_state` wrote, on the CPU. Raises UserError if missing or damaged."""
-    state = read_tensors(path)
-    if not isinstance(state, dict) or "model" not in state:
-        raise UserError(f"{path} is not the state of a run")
-    return state
-
-
-def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Let `write` fill the file; it appears under `path` whole or not at all.
-
-    Raises UserError if the system refuses (a full disk, a folder without permission).
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        try:
-            with open(temporary, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(
-            f"{path} could not be written: {reason}; the previous file is unchanged"
-        ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +14,15 @@ from samtune.engine import distributed
 
 @dataclass
 class Progress:
-    """How far a run is: `epoch` epochs are complete, and `step` steps of the one after them."""
+    """How far a run is: `epoch` epochs are complete, and `step` steps of the one after them.
+
+    seen: samples that those steps took of the epoch's order, over all ranks. That is the position;
+    how many steps lead there depends on their size, which another part of the run may change.
+    """
 
     epoch: int = 0
     step: int = 0
+    seen: int = 0
     lr: float = 0.0  # of the latest step
     best: float = math.nan  # the watched score of the best epoch; NaN before the first real one
     best_epoch: int = 0  # counted from 1, as in the records; 0: none yet
@@ -32,27 +38,33 @@ class Progress:
             return True
         return False
 
+    @classmethod
+    def read(cls, saved: dict[str, Any], plan: dict[str, int]) -> Progress:
+        """From a file. plan: `describe_plan` of the run that wrote it. Before files said how many
+        samples were seen, all steps of an epoch had one size."""
+        seen = min(saved["step"] * plan["samples_per_step"], plan["samples"])
+        return cls(**{"seen": seen, **saved})
+
     def relocate(self, saved: dict[str, int], now: dict[str, int]) -> list[str]:
         """Find the step from which another plan goes on; return remarks if anything differs.
 
-        saved, now: `describe_plan` of the run's plan and of the one that takes over. Another number
-        of images per step goes on at the last of its steps that leaves none out.
+        saved, now: `describe_plan` of the run's plan and of the one that takes over. With another
+        number of images per step each image of the epoch still comes once: the epoch goes on after
+        those that were seen, and its last step has the number that it always has.
         """
         remarks, epoch = [], self.epoch + 1
         if any(now[name] != saved[name] for name in ("samples", "seed")):
-            again = f": epoch {epoch} starts anew" if self.step else ""
+            again = f": epoch {epoch} starts anew" if self.seen else ""
             remarks.append(f"the number of images or --seed is not the run's{again}")
-            self.step = 0
-        elif self.step and now["samples_per_step"] != saved["samples_per_step"]:
-            done = min(self.step * saved["samples_per_step"], saved["samples"])
-            self.step, again = divmod(done, now["samples_per_step"])
-            if done == saved["samples"]:
-                self.step, again = -(-done // now["samples_per_step"]), 0
+            self.seen = 0
+        elif now["samples_per_step"] != saved["samples_per_step"]:
             remarks.append(
                 f"a step has {now['samples_per_step']} images instead of "
-                f"{saved['samples_per_step']}: epoch {epoch} goes on after {done - again} images"
-                + (f"; {again} images are seen twice" if again else "")
+                f"{saved['samples_per_step']}: epoch {epoch} goes on after {self.seen} images, in "
+                "the same order, each image once"
             )
+        size, samples = now["samples_per_step"], now["samples"]
+        self.step = -(-samples // size) - -(-(samples - self.seen) // size)
         if now["total_steps"] != saved["total_steps"]:
             remarks.append(
                 f"the run has {now['total_steps']} steps instead of {saved['total_steps']}: from "

@@ -194,9 +194,10 @@ class Trainer:
     ) -> FitResult:
         """Collective. Train until `epochs` are complete or `patience` of them brought nothing.
 
-        plan: `steps_per_epoch`, `step(epoch, s)` -> (this rank's micro-batches, how many samples
-        all ranks have), `samples`, `samples_per_step` (over all ranks) and `seed`.
-        make_batches(epoch, first step): the rest of that epoch's micro-batches, in that order.
+        plan: `steps_per_epoch`, `take(epoch, seen)` -> (this rank's micro-batches of the step after
+        that epoch's first `seen` samples, how many samples all ranks have in it), `samples`,
+        `samples_per_step` (over all ranks) and `seed`.
+        make_batches(epoch, seen): the rest of that epoch's micro-batches, in that order.
         validate: scores by name, one of them `best_by` ('loss' is better when lower, 'iou' and
         'dice' when higher). patience: -1 means half of the epochs, 0 never stops. resume: what
         `saved.load_last()` returned. prepare(epoch): collective work before that epoch's first
@@ -241,22 +242,23 @@ class Trainer:
         self.model.train()
         self.meter.start()
         self._lines.start_epoch(self.sums)
-        epoch, first, last = self.progress.epoch, self.progress.step, plan.steps_per_epoch
+        progress, last = self.progress, plan.steps_per_epoch
+        epoch, first = progress.epoch, progress.step
         batches: Iterator[Batch] = iter(())
         if first < last:
             # A loader draws a seed when it starts; a resumed epoch starts it once more, and must
             # not move the random numbers of the model.
             with torch.random.fork_rng(devices=[]):
-                batches = self.meter.watch(make_batches(epoch, first))
+                batches = self.meter.watch(make_batches(epoch, progress.seen))
                 batches = chain([*islice(batches, 1)], batches)
         bar = logbook.progress(range(first, last), f"epoch {epoch + 1}/{epochs}", unit="step")
         for step in bar:
-            micro_batches, global_count = plan.step(epoch, step)
+            micro_batches, global_count = plan.take(epoch, progress.seen)
             began = time.monotonic()
             self.train_step(islice(batches, len(micro_batches)), global_count)
-            self.progress.step = step + 1
+            progress.step, progress.seen = step + 1, progress.seen + global_count
             self.meter.step(global_count)
-            self._lines.step(self.progress, self.steps_done, self.sums, self._watched.norm)
+            self._lines.step(progress, self.steps_done, self.sums, self._watched.norm)
             if self._tell_first_step:
                 self._tell_first_step = False
                 self.check()  # which waits for the device
@@ -296,7 +298,7 @@ class Trainer:
             with distributed.together():
                 saved.save_best(self.model, best_by=best_by, **facts)
         self.progress.epoch += 1
-        self.progress.step = 0
+        self.progress.step = self.progress.seen = 0
         self.sums = Sums(self.process.device)
 
     def _speed(self, logbook) -> dict[str, float]:
@@ -349,10 +351,10 @@ class Trainer:
         load_optimizer_state(self.optimizer, state["optimizer"])
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        self.progress = Progress(**state["progress"])
+        self.progress = Progress.read(state["progress"], state["plan"])
         remarks = self._restore_ranks(state["ranks"])
         remarks += self.progress.relocate(state["plan"], describe_plan(plan, epochs))
-        if self.progress.step == 0:
+        if self.progress.seen == 0:
             self.sums = Sums(self.process.device)
         self.steps_done = self.progress.epoch * plan.steps_per_epoch + self.progress.step
         _move_schedule(self.schedule, self.steps_done)
