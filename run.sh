@@ -12,6 +12,7 @@ NNODES="${NNODES:-1}"                              # machines; the same line on 
 NODE_RANK="${NODE_RANK:-0}"                        # which is 0 on the first, whose address is
 MASTER_ADDR="${MASTER_ADDR:-127.0.0.1}"            # this one, as the others reach it,
 MASTER_PORT="${MASTER_PORT:-29500}"                # with a port that is free there
+MAX_RESTARTS="${MAX_RESTARTS:-0}"                  # how often a crash is followed by a new start
 MODEL_TYPE="${MODEL_TYPE:-vit_mini}"               # vit_b, vit_l, vit_h: the real ones
 CHECKPOINT="${CHECKPOINT:-auto}"                   # checkpoints/sam_vit_b_01ec64.pth
 ADAPTER="${ADAPTER:-sam_adapter}"                  # decoder, lora, conv_lora, adaptformer, ...
@@ -42,5 +43,5 @@ if [ "$NNODES" != 1 ]; then
     nodes=(--nnodes "$NNODES" --node_rank "$NODE_RANK")
     nodes+=(--master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
 fi
-exec "$PYTHON" code/torchrun.py "${nodes[@]}" --nproc_per_node "$NGPU" code/run_sa.py train \
-    ${flags[@]+"${flags[@]}"} "$@"
+exec "$PYTHON" code/torchrun.py "${nodes[@]}" --nproc_per_node "$NGPU" \
+    --max_restarts "$MAX_RESTARTS" code/run_sa.py train ${flags[@]+"${flags[@]}"} "$@"

@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from samtune import config as c
 from samtune import flags
@@ -28,7 +28,7 @@ from samtune.errors import (
     UserError,
 )
 from samtune.models import MODEL_TYPES
-from samtune.run_folder import to_resume
+from samtune.run_folder import RunFolder, begun_by_this_launch, to_resume
 
 VERBS = {
     "train": "train SAM with an adapter (the default); scores it if there are test images",
@@ -83,10 +83,10 @@ def main(argv: list[str]) -> int:
 
 def train(argv: list[str]) -> None:
     """Train; then score the best state if test images are known."""
-    folder = to_resume(flags.peek(argv, "resume", ""), flags.peek(argv, "output_dir", ""))
-    if folder is None and flags.peek(argv, "resume", "") and is_rank_0():
-        print("there is no run to go on with: a new one begins", file=sys.stderr, flush=True)
+    folder, begun = _run_to_go_on_with(argv)
     config, _ = read(c.TrainConfig, "train", argv, str(folder.config) if folder else None)
+    if begun:
+        config = replace(config, run=replace(config.run, output_dir=str(begun.path)))
     with processes(config.run.timeout) as process:
         from samtune.train import run
 
@@ -100,6 +100,23 @@ def train(argv: list[str]) -> None:
             score(c.EvaluateConfig(scored, done.test, done.read, done.loader, given), process)
         if process.is_main and not config.data.named:
             print(NEXT_STEPS, flush=True)
+
+
+def _run_to_go_on_with(argv: list[str]) -> tuple[RunFolder | None, RunFolder | None]:
+    """The run that has a state to go on from, if any; else the folder of one that died before it
+    had, where torchrun starts its processes again. One line says which."""
+    resume, output_dir = flags.peek(argv, "resume", ""), flags.peek(argv, "output_dir", "")
+    begun = begun_by_this_launch(output_dir)
+    if begun and begun.states():
+        said, found = f"started again: {begun.path} goes on from its last state", (begun, None)
+    elif begun:
+        said, found = f"started again: {begun.path} has no state yet and begins anew", (None, begun)
+    else:
+        found = to_resume(resume, output_dir), None
+        said = "" if found[0] or not resume else "there is no run to go on with: a new one begins"
+    if said and is_rank_0():
+        print(said, file=sys.stderr, flush=True)
+    return found
 
 
 def evaluate(argv: list[str]) -> None:

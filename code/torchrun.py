@@ -1,9 +1,13 @@
-"""torchrun, with the exit code of the workers.
+"""torchrun, with the exit code of the workers, and restarts only where they can help.
 
 torchrun answers every failed worker with a traceback of its own and exit code 1. Here the worker
 has already said what is wrong, so its code is passed on and torchrun stays silent; a signal
 (Ctrl-C, a scheduler's SIGTERM or SIGUSR1) reaches the workers, which save their state and end with
 `EXIT_INTERRUPTED`. Arguments are torchrun's. `torchrun code/run_sa.py` works just as well.
+
+`--max_restarts N` starts the workers again after a defect or a kill; they go on from their last
+state. Not after what a worker has said itself: a user's mistake would be made again, and who was
+told to stop should stop.
 """
 
 from __future__ import annotations
@@ -14,14 +18,37 @@ import signal
 import sys
 from pathlib import Path
 
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher import api
 from torch.distributed.run import parse_args
 from torch.distributed.run import run as launch
 
-from samtune.errors import EXIT_CRASH, EXIT_INTERRUPTED, EXIT_USER_ERROR
+from samtune.errors import EXIT_CRASH, EXIT_INTERRUPTED, EXIT_OUT_OF_MEMORY, EXIT_USER_ERROR
 
-SAID_BY_THE_WORKER = (EXIT_USER_ERROR, EXIT_INTERRUPTED)
+SAID_BY_THE_WORKER = (EXIT_USER_ERROR, EXIT_OUT_OF_MEMORY, EXIT_INTERRUPTED)
+# A worker that was warned when there was nothing to save yet, or no more, dies of the warning.
+FINAL = {*SAID_BY_THE_WORKER, -signal.SIGUSR1}
+
+
+class Agent(LocalElasticAgent):
+    """What of torchrun watches over the workers of this machine and starts them again."""
+
+    def _monitor_workers(self, worker_group):
+        result = super()._monitor_workers(worker_group)
+        if result.is_failed():
+            codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
+            if FINAL.intersection(codes.values()):
+                self._remaining_restarts = 0
+            elif self._remaining_restarts:
+                rank, code = next(iter(codes.items()))
+                done = worker_group.spec.max_restarts - self._remaining_restarts
+                print(
+                    f"rank {rank} ended with {_describe(code)}: restart {done + 1} of "
+                    f"{worker_group.spec.max_restarts}", file=sys.stderr, flush=True,
+                )  # fmt: skip
+        return result
 
 
 def run() -> int:
@@ -33,6 +60,7 @@ def run() -> int:
         threads = (cores or 1) // int(arguments.nproc_per_node)
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
     signal.signal(signal.SIGUSR1, pass_on)
+    api.LocalElasticAgent = Agent  # torchrun offers no other place to put it in
     try:
         launch(arguments)
     except ChildFailedError as error:
@@ -40,7 +68,7 @@ def run() -> int:
         for code in SAID_BY_THE_WORKER:
             if code in codes:
                 return code
-        if -signal.SIGUSR1 in codes:  # warned when there was nothing to save yet, or no more
+        if -signal.SIGUSR1 in codes:
             return EXIT_INTERRUPTED
         rank, first = error.get_first_failure()
         print(f"rank {rank} ended with {_describe(first.exitcode)}", file=sys.stderr)

@@ -19,7 +19,7 @@ TORCHRUNS = {"nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint", "help"
 SUITES = {"list", "only", "preset"}  # flags of benchmarks/run.py
 SLURMS = {"nodes", "gpus"}  # sbatch's flags, up to their first hyphen
 # run.sh's variables that are torchrun's
-NODES = {"NGPU", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"}
+NODES = {"NGPU", "NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "MAX_RESTARTS"}
 COMPARES = {"adapters"}  # flags of `compare` itself; the others are those of `train`
 
 

@@ -437,6 +437,13 @@ class RunOptions:
         "newest run in checkpoints/, or begin anew where there is none",
     )
     save_pth: bool = option(False, "also write best.pth, a flat dict of tensors by name")
+    save_every: float = option(
+        30.0,
+        "minutes of an epoch after which the state is saved within it too; 0: only at its end",
+    )
+    keep: int = option(
+        2, "states to go on from that stay: last.pt, and before it last-1.pt, last-2.pt, ..."
+    )
     timeout: int = option(60, "minutes that a process waits for the others before it gives up")
 
 
@@ -611,9 +618,10 @@ def answers_classes(num_classes: int, prompt: str) -> bool:
 
 # What may differ when a run goes on (`--resume`); everything else stays as the run began.
 FREE_ON_RESUME = {
-    "epoch", "patience", "workers", "timeout", "save_pth", "log_every", "wandb", "wandb_mode",
-    "project_name", "resume", "test_image_dir", "test_mask_dir", "test_slice", "test_list",
-    "test_shards", "test_datasets", "test_data_root", "cache_dir", "cache_limit", "compile",
+    "epoch", "patience", "workers", "timeout", "save_pth", "save_every", "keep", "log_every",
+    "wandb", "wandb_mode", "project_name", "resume", "test_image_dir", "test_mask_dir",
+    "test_slice", "test_list", "test_shards", "test_datasets", "test_data_root", "cache_dir",
+    "cache_limit", "compile",
 }  # fmt: skip
 
 # Flags of the parent repository that torchrun has made needless: accepted, and said so.

@@ -28,6 +28,7 @@ from samtune.data.prompts import prompts_to_score
 from samtune.engine import distributed
 from samtune.engine.checkpoint import read_metadata
 from samtune.engine.distributed import Process
+from samtune.engine.durable import write_text
 from samtune.engine.logbook import Logbook
 from samtune.engine.optim import use_tf32
 from samtune.errors import UserError
@@ -117,7 +118,7 @@ def run(config: EvaluateConfig, process: Process) -> dict:
     text = json.dumps(scores, indent=2)
     scores = json.loads(text)  # what is returned is what the file says, lists for tuples
     if process.is_main:
-        folder.scores.write_text(text + "\n")
+        write_text(folder.scores, text + "\n")
         _write_table(folder.table, next(iter(judged.values())))
         logbook.say(_format(judged, scores))
         logbook.say(f"written: {folder.scores}, {folder.table}, {folder.examples}")
@@ -132,7 +133,7 @@ def _run_each(config: EvaluateConfig, names: list[str], file: Path, folder, proc
         given = config.given | {"test_datasets": name}
         scores[name] = run(replace(config, evaluate=wanted, given=given), process)
     if process.is_main:
-        folder.scores.write_text(json.dumps(scores, indent=2) + "\n")
+        write_text(folder.scores, json.dumps(scores, indent=2) + "\n")
     return scores
 
 

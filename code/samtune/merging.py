@@ -11,8 +11,8 @@ from samtune.adapters import ADAPTERS
 from samtune.config import MergeOptions
 from samtune.engine import distributed
 from samtune.engine.checkpoint import read_metadata
-from samtune.engine.durable import write_atomically
 from samtune.engine.distributed import Process
+from samtune.engine.durable import write_atomically
 from samtune.models import MODEL_TYPES
 from samtune.run_folder import newest
 from samtune.tensor_files import read_state_dict

@@ -86,6 +86,10 @@ class RunFolder:
         lock.sign(launches)
         return lock
 
+    def create(self) -> None:
+        """Make the folder for a new run that is written at once. Raises UserError as `occupy`."""
+        self.occupy((), new=True).withdraw()
+
 
 def new_name(adapter: str, model_type: str) -> Path:
     """A fresh folder name; sorts by time within a year: `checkpoints/1120_082244_lora_vit_b`.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from samtune.engine import distributed
 from samtune.engine.checkpoint import Checkpoints
 from samtune.engine.compiling import check_compiler
 from samtune.engine.distributed import Process
+from samtune.engine.durable import write_text
 from samtune.engine.evaluator import Evaluator
 from samtune.engine.logbook import Logbook, parameter_summary
 from samtune.engine.optim import build_optimizer, build_schedule, use_tf32
@@ -41,6 +43,7 @@ from samtune.pipeline import (
 )
 from samtune.probe import settle_batch_size
 from samtune.run_folder import RunFolder, new_name
+from samtune.run_lock import launch_name
 from samtune.slow_data import slow_data
 from samtune.sources import (
     complete_named,
@@ -61,6 +64,14 @@ def run(config: TrainConfig, resumed: RunFolder | None, process: Process) -> Tra
     on all ranks alike and before the first step; Interrupted after a signal, once `last.pt` is
     written.
     """
+    with ExitStack() as held:
+        return _run(config, resumed, process, held)
+
+
+def _run(
+    config: TrainConfig, resumed: RunFolder | None, process: Process, held: ExitStack
+) -> TrainConfig:
+    """held: where the run's folder is kept from others, as long as this lasts."""
     _agree_on_run(resumed)
     config = _complete(config, resumed, process)
 
@@ -80,11 +91,12 @@ def run(config: TrainConfig, resumed: RunFolder | None, process: Process) -> Tra
             own = config.data.dataset.split("+")
             scored_sets(config.test, config.read, own, indexes=indexes)
     folder = RunFolder(config.run.output_dir)
-    saved = Checkpoints(folder, metadata, config.run.save_pth)
+    warning = held.enter_context(_occupied(folder, resumed is None, process))
     with distributed.together():
-        if process.is_main and not resumed:
-            folder.create()
-        state = saved.load_last() if resumed else None
+        if not config.run.save_every >= 0:
+            raise UserError(f"--save_every {config.run.save_every}: must be 0 or more minutes")
+        saved = Checkpoints(folder, metadata, config.run.save_pth, config.run.keep)
+    state = saved.load_last() if resumed else None
     (train_pairs, picture_size), (val_pairs, _) = (
         _check(name, pairs, config, model.image_size, process)
         for name, pairs in (("training", train_pairs), ("validation", val_pairs))
@@ -98,16 +110,18 @@ def run(config: TrainConfig, resumed: RunFolder | None, process: Process) -> Tra
         config = replace(config, loader=replace(config.loader, batch_size=size))
         options["batch_size"] = size
         remark = "\n".join(filter(None, [remark, f"--batch_size auto: {size}"]))
-    if process.is_main:  # only now is it a run: a mistake above leaves nothing behind
-        folder.config.write_text(yaml.safe_dump(options, sort_keys=False))
+    with distributed.together():  # only now is it a run: a mistake above leaves nothing behind
+        if process.is_main:
+            write_text(folder.config, yaml.safe_dump(options, sort_keys=False))
     first_epoch = state["progress"]["epoch"] + 1 if state else 1
-    logbook = Logbook(
-        folder.path, process, config.log, options, keep_before_epoch=first_epoch,
-        keep_steps=state["progress"]["step"] if state else 0,
-    )  # fmt: skip
+    with distributed.together():
+        logbook = Logbook(
+            folder.path, process, config.log, options, keep_before_epoch=first_epoch,
+            keep_steps=state["progress"]["step"] if state else 0,
+        )  # fmt: skip
     try:
-        if remark and not resumed:
-            logbook.say(remark)
+        for said in filter(None, (warning, saved.warning, "" if resumed else remark)):
+            logbook.say(said)
         if said := use_tf32(config.optim.tf32, process.device):
             logbook.say(said)
         _introduce(config, model, len(train_pairs), len(val_pairs), process, folder, logbook)
@@ -137,6 +151,28 @@ def _agree_on_run(resumed: RunFolder | None) -> None:
             f"--resume: the machines find different runs ({', '.join(sorted(set(seen)))}); "
             "--output_dir must be one folder, on a disk that all of them share"
         )
+
+
+@contextmanager
+def _occupied(folder: RunFolder, new: bool, process: Process) -> Iterator[str]:
+    """Collective. Inside, rank 0 keeps other runs out of the folder; gives a warning, "" if it can.
+
+    Raises UserError on all ranks as `RunFolder.occupy` does. After a mistake that lets no run begin
+    nothing is left in the folder.
+    """
+    launches, lock = distributed.all_gather_objects(launch_name()), None
+    try:
+        with distributed.together():
+            if process.is_main:
+                lock = folder.occupy(launches, new)
+        yield lock.warning if lock else ""
+    except UserError:
+        if lock and not folder.config.exists():
+            lock.withdraw()
+        raise
+    finally:
+        if lock:
+            lock.release()
 
 
 def _complete(config: TrainConfig, resumed: RunFolder | None, process: Process) -> TrainConfig:
@@ -222,8 +258,9 @@ def _check(name, pairs, config, image_size, process) -> tuple[list[Pair], tuple[
 def _introduce(config, model, training: int, validation: int, process, folder, logbook) -> None:
     """Say what is about to happen; the table of the model's parts goes into a file."""
     summary = parameter_summary(model)
-    if process.is_main:
-        folder.model.write_text(summary + "\n")
+    with distributed.together():
+        if process.is_main:
+            write_text(folder.model, summary + "\n")
     weights = "random, so all of SAM that the prompt reads trains (--train auto)"
     if model.load_report:
         weights = model.load_report.summary()
@@ -296,7 +333,7 @@ def _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state):
     def validate() -> dict[str, float]:
         progress = logbook.progress(len(val_loader), "validation")
         with progress as bar, distributed.gathered(wrapped):
-            return evaluator.run(val_loader, bar.update).scores
+            return evaluator.run(val_loader, bar.update, stop=trainer.is_asked_to_stop).scores
 
     def explain_slow_data(pace: Pace) -> str:
         return slow_data(pace, train_loader.num_workers, cores_per_process(), image_size, config)
@@ -307,4 +344,5 @@ def _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state):
             epochs=run.epoch, best_by=run.best_by, patience=run.patience, resume=state,
             prepare=caching.fill if caching else lambda epoch: (),
             log_every=config.log.log_every, explain_slow_data=explain_slow_data,
+            save_every=60 * run.save_every,
         )  # fmt: skip

@@ -12,8 +12,8 @@ from engine_standins import Plan, TinySegmenter, new_model, new_trainer, run_ste
 from torch import nn
 
 from samtune.engine import distributed
-from samtune.engine.run_states import load_run_state
 from samtune.engine.distributed import Process
+from samtune.engine.run_states import load_run_state
 from samtune.errors import EXIT_INTERRUPTED, UserError
 
 HERE = Path(__file__).parent

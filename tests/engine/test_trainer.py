@@ -411,7 +411,7 @@ def test_whatever_the_sizes_of_steps_each_image_of_an_epoch_comes_once(tmp_path)
     taken, sizes = [], ((2, 3), (5, 1), (3, None))
     for size, steps in sizes:
         plan = Listening(Plan(17, size), taken)
-        run = dict(on_step=kill_at(steps) if steps else None, resume=size != 2)
+        run = {"on_step": kill_at(steps) if steps else None, "resume": size != 2}
         if steps:
             with pytest.raises(Interrupted):
                 fit(tmp_path, ALONE, plan, 2, **run)

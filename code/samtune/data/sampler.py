@@ -23,8 +23,8 @@ class TrainPlan:
     the processes take turns. So the samples of a step depend on G, not on how it is divided, every
     sample comes once per epoch, and any step can be computed without those before it: a position
     in an epoch is how many of its samples were taken, so steps of another size may follow. The last
-    step of an epoch takes what is left. All processes have equally many micro-batches in a step: one
-    that would have a micro-batch less gets another sample of the step again, with weight 0.
+    step of an epoch takes what is left. All processes have equally many micro-batches in a step:
+    one that would have a micro-batch less gets another sample of the step again, with weight 0.
     Raises UserError if a number is below 1 or there are fewer samples than processes.
     """
 

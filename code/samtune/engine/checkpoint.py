@@ -5,8 +5,8 @@ hold. It lies in safetensors with a JSON description beside the tensors, so that
 which model it belongs to. The *run state* is the adapted state plus optimizer, position and random
 number generators; it is read with `weights_only=True`, so it holds tensors and plain values only.
 
-How files are written, so that nothing leaves half of one, says `durable`; how several run states are
-kept, `run_states`.
+How files are written, so that nothing leaves half of one, says `durable`; how several run states
+are kept, `run_states`.
 """
 
 from __future__ import annotations

@@ -406,9 +406,11 @@ class StopSignal(AbstractContextManager):
     While entered, a signal only raises a flag. `agreed`, called by every rank between two steps,
     starts a reduction of the flags over gloo and reads the one it started a step earlier, which has
     long arrived: no rank waits for another, and no GPU is asked. A second SIGINT aborts at once.
+    The same reduction carries what any rank finds `due`, such as a save.
     """
 
     def __init__(self):
+        self.due = False  # what the last call of `agreed` found, the same on all ranks
         self._requested = False
         self._first_interrupt = 0.0
         self._pending: tuple[dist.Work, Tensor] | None = None
@@ -432,27 +434,35 @@ class StopSignal(AbstractContextManager):
             raise KeyboardInterrupt
         self._first_interrupt = self._first_interrupt or now
 
-    def agreed(self) -> bool:
-        """Collective, between two steps. Had any rank been signalled by the last such call?"""
+    @property
+    def requested(self) -> bool:
+        """Has this rank been signalled?"""
+        return self._requested
+
+    def agreed(self, due: bool = False) -> bool:
+        """Collective, between two steps. Had any rank been signalled by the last such call? And had
+        any brought something due: `self.due` says so, once."""
         if not dist.is_initialized():
+            self.due = due
             return self._requested
-        if self._collect():
+        stops, self.due = self._collect()
+        if stops:
             return True
-        flag = torch.tensor([float(self._requested)])
-        self._pending = dist.all_reduce(flag, async_op=True), flag
+        flags = torch.tensor([float(self._requested), float(due and not self.due)])
+        self._pending = dist.all_reduce(flags, async_op=True), flags
         return False
 
     def settle(self) -> bool:
         """Collective. Has any rank been signalled by now? Waits for all; leaves nothing pending."""
-        earlier = self._collect()
+        earlier, _ = self._collect()
         now = all_reduce_sum(torch.tensor([float(self._requested)]))
         return earlier or bool(now.item())
 
-    def _collect(self) -> bool:
-        """The outcome of the reduction under way, if any."""
+    def _collect(self) -> tuple[bool, bool]:
+        """The outcome of the reduction under way, if any: is there a signal, is anything due?"""
         if self._pending is None:
-            return False
-        work, flag = self._pending
+            return False, False
+        work, flags = self._pending
         self._pending = None
         work.wait()
-        return bool(flag.item())
+        return bool(flags[0]), bool(flags[1])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from samtune.engine import distributed
 from samtune.engine.distributed import Process
 from samtune.engine.optim import autocast, resolve_precision
-from samtune.errors import UserError
+from samtune.errors import Interrupted, UserError
 from samtune.structures import Batch, Prediction, Prompts
 
 # What a model answered and the batch that asked -> named scores, each (R,).
@@ -76,16 +76,19 @@ class Evaluator:
         loader: Iterable[Batch],
         progress: Callable[[int], None] | None = None,
         on_batch: Callable[[Prediction | None, Batch], None] | None = None,
+        stop: Callable[[], bool] = lambda: False,
     ) -> Evaluation:
         """Collective. Score every row of every rank's loader once; some loaders may be empty.
 
         progress: told 1 after each batch. on_batch: shown each prediction with its batch, on the
         device, in parts of `decode_rows` rows. The mean is the exactly rounded one of all rows, so
-        it does not depend on how they were dealt. Raises UserError on all ranks if one meets it.
+        it does not depend on how they were dealt. stop: asked after each batch; where it says yes
+        on one rank, that one ends at once, and all raise Interrupted when each has ended. Raises
+        UserError on all ranks if one meets it.
         """
         rows, prompt, counts, error = [], None, None, None
         try:
-            rows, prompt, counts = self._score(loader, progress, on_batch)
+            rows, prompt, counts = self._score(loader, progress, on_batch, stop)
         except UserError as raised:
             error = raised
         except torch.OutOfMemoryError:
@@ -94,10 +97,14 @@ class Evaluator:
                 "set --precision bf16"
             )
         distributed.agree(error)
+        if any(distributed.all_gather_objects(stop())):
+            raise Interrupted("scoring was interrupted")
         return self._join(rows, prompt, counts)
 
     @torch.no_grad()
-    def _score(self, loader, progress, on_batch) -> tuple[list[dict], str | None, Tensor | None]:
+    def _score(
+        self, loader, progress, on_batch, stop
+    ) -> tuple[list[dict], str | None, Tensor | None]:
         """This rank's rows, the prompt and the counts; the latter None where there is no batch."""
         names, ids, table, waiting, prompt, counts = [], [], [], [], None, None
         with _eval_mode(self.model):
@@ -121,6 +128,8 @@ class Evaluator:
                     table += _moved(waiting)
                 if progress:
                     progress(1)
+                if stop():
+                    break
         table += _moved(waiting)
         return (
             [

@@ -16,6 +16,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from samtune.engine.durable import write_text
+from samtune.errors import UserError
+
 
 def read_epochs(path: Path) -> list[dict]:
     """The records of epochs in a file, in their order."""
@@ -28,12 +31,18 @@ def is_epoch(record: dict) -> bool:
 
 
 def append(path: Path, record: dict) -> None:
-    """Add a plain record. An epoch's is on disk when this returns."""
-    with path.open("a") as file:
-        file.write(json.dumps(record, allow_nan=False) + "\n")
-        if is_epoch(record):
-            file.flush()
-            os.fsync(file.fileno())
+    """Add a plain record. An epoch's is on disk when this returns. Raises UserError if it cannot
+    be; what it left of a line `cut` takes away."""
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+            if is_epoch(record):
+                file.flush()
+                os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(
+            f"{path} could not be written: {error.strerror}; what is saved stays as it is"
+        ) from error
 
 
 def cut(path: Path, epoch: int, steps: int = 0) -> list[dict]:
@@ -51,12 +60,7 @@ def cut(path: Path, epoch: int, steps: int = 0) -> list[dict]:
             place = record["epoch"], math.inf if is_epoch(record) else record["step_of_epoch"]
             if place <= (epoch, steps):
                 kept.append(record)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.writelines(json.dumps(record) + "\n" for record in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
     return kept
 
 

@@ -69,6 +69,10 @@ class StepMeter:
         self._line = Pace()
         self._settled: Pace | None = None
 
+    def leave_out(self, seconds: float) -> None:
+        """So much of the time since the start was not the steps': a save between two of them."""
+        self._started += seconds
+
     def watch(self, batches: Iterable[Item]) -> Iterator[Item]:
         """The batches, and how long each was waited for, the loader's start included."""
         began, iterator = self.clock(), iter(batches)

@@ -102,6 +102,7 @@ class Trainer:
         self.sums = Sums(process.device)
         self.meter = StepMeter()
         self.steps_done = 0
+        self._stop: StopSignal | None = None  # while `fit` is at work
         self._watched: _Watched | None = None
         self._overflows = 0
         self._tell_first_step = tell_first_step
@@ -191,6 +192,7 @@ class Trainer:
         prepare: Callable[[int], Iterable[None]] = lambda epoch: (),
         log_every: int = 0,
         explain_slow_data: Callable[[Pace], str] | None = None,
+        save_every: float = 0.0,
     ) -> FitResult:
         """Collective. Train until `epochs` are complete or `patience` of them brought nothing.
 
@@ -198,12 +200,14 @@ class Trainer:
         that epoch's first `seen` samples, how many samples all ranks have in it), `samples`,
         `samples_per_step` (over all ranks) and `seed`.
         make_batches(epoch, seen): the rest of that epoch's micro-batches, in that order.
-        validate: scores by name, one of them `best_by` ('loss' is better when lower, 'iou' and
+        validate: scores by name, or Interrupted raised on all ranks where `is_asked_to_stop` made
+        it end early; one of the scores is `best_by` ('loss' is better when lower, 'iou' and
         'dice' when higher). patience: -1 means half of the epochs, 0 never stops. resume: what
         `saved.load_last()` returned. prepare(epoch): collective work before that epoch's first
         step, which gives way now and then, on all ranks equally often. log_every: steps between two
         lines about them, see StepLog. explain_slow_data: what to say, once, when an epoch has
-        waited long for its batches. Epochs count from 0 in plan and loader, from 1 in records.
+        waited long for its batches. save_every: seconds of an epoch after which the state is saved
+        within it too; 0: never. Epochs count from 0 in plan and loader, from 1 in records.
 
         Raises Interrupted when a signal came and the state was saved; UserError when the loss is
         not finite, the GPU's memory is too small or the folder cannot be written.
@@ -218,7 +222,9 @@ class Trainer:
 
         self._lines = StepLog(log_every, logbook, self.meter, self.process)
         self._explain_slow_data = explain_slow_data
+        self._saved_at = time.monotonic()
         with StopSignal() as stop, explain_out_of_memory():
+            self._stop = stop
             while goes_on():
                 watch = [time.monotonic()]
                 for _ in prepare(self.progress.epoch):
@@ -226,14 +232,19 @@ class Trainer:
                         self._interrupt(saved, plan, epochs)
                 watch.append(time.monotonic())
                 for _ in self._epoch(plan, make_batches, logbook, epochs):
-                    if stop.agreed():
+                    if stop.agreed(self._is_save_due(save_every)):
                         self._interrupt(saved, plan, epochs)
+                    if stop.due:
+                        self._save_between_steps(saved, plan, epochs)
                 if stop.settle():
                     self._interrupt(saved, plan, epochs)
-                self._finish_epoch(validate, best_by, logbook, saved, watch)
+                try:
+                    self._finish_epoch(validate, best_by, logbook, saved, watch)
+                except Interrupted:  # in validation, which the next launch begins again
+                    self._interrupt(saved, plan, epochs)
                 self._save_last(saved, plan, epochs)
-                if stop.settle() and goes_on():
-                    raise Interrupted(self._farewell(saved))
+                if stop.settle():
+                    raise Interrupted(self._farewell(saved, complete=not goes_on()))
         done = self.progress
         return FitResult(done.best, done.best_epoch, done.epoch, stopped_early=done.epoch < epochs)
 
@@ -292,7 +303,8 @@ class Trainer:
             "train_seconds": trained - watch[1],
             "speed": speed,
         }
-        logbook.epoch(record)
+        with distributed.together():
+            logbook.epoch(record)
         if improved:
             facts = {name: record[name] for name in ("epoch", "step", "validation")}
             with distributed.together():
@@ -311,14 +323,28 @@ class Trainer:
             self._explain_slow_data = None
         return speed
 
+    def is_asked_to_stop(self) -> bool:
+        """Whether this process was signalled while `fit` was at work. Not collective."""
+        return self._stop is not None and self._stop.requested
+
+    def _is_save_due(self, every: float) -> bool:
+        """By rank 0's clock, which nobody sets; the others learn it with the next step."""
+        return self.process.is_main and 0 < every <= time.monotonic() - self._saved_at
+
+    def _save_between_steps(self, saved: Checkpoints, plan, epochs: int) -> None:
+        began = time.monotonic()
+        self._save_last(saved, plan, epochs)
+        self.meter.leave_out(time.monotonic() - began)
+
     def _interrupt(self, saved: Checkpoints, plan, epochs: int) -> None:
         self._save_last(saved, plan, epochs)
-        raise Interrupted(self._farewell(saved))
+        raise Interrupted(self._farewell(saved)) from None
 
-    def _farewell(self, saved: Checkpoints) -> str:
+    def _farewell(self, saved: Checkpoints, complete: bool = False) -> str:
+        place = f"in epoch {self.progress.epoch + 1} after {self.progress.step} of its steps"
         return (
-            f"interrupted in epoch {self.progress.epoch + 1} after {self.progress.step} of its "
-            f"steps; everything is saved: --resume {saved.folder.path} goes on from there"
+            f"interrupted {'after the last epoch' if complete else place}; everything is saved: "
+            f"--resume {saved.folder.path} goes on from there"
         )
 
     def _save_last(self, saved: Checkpoints, plan, epochs: int) -> None:
@@ -340,6 +366,7 @@ class Trainer:
                         "ranks": of_ranks,
                     }
                 )
+        self._saved_at = time.monotonic()
 
     def restore(self, state: dict[str, Any], plan, epochs: int) -> list[str]:
         """Take up a run where `state` left it; return what is not as it was, in words.
