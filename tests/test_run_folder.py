@@ -6,7 +6,7 @@ import pytest
 
 from samtune import run_folder
 from samtune.errors import UserError
-from samtune.run_folder import RunFolder, newest, to_resume
+from samtune.run_folder import RunFolder, date_after, latest_save, new_name, newest, to_resume
 
 
 @pytest.fixture(autouse=True)
@@ -16,7 +16,7 @@ def in_a_folder(tmp_path, monkeypatch):
 
 def make_run(name: str, file: str, age: float) -> RunFolder:
     folder = RunFolder(run_folder.ROOT / name)
-    folder.path.mkdir(parents=True)
+    folder.path.mkdir(parents=True, exist_ok=True)
     (folder.path / file).touch()
     os.utime(folder.path / file, (1e9 - age, 1e9 - age))
     return folder
@@ -63,3 +63,49 @@ def test_resume():
     assert to_resume("checkpoints/old/last.pt", "").path.name == "old"
     with pytest.raises(UserError, match="--resume checkpoints/none"):
         to_resume("checkpoints/none", "")
+
+
+def test_an_older_state_is_enough_to_go_on():
+    """`last.pt` may have been moved away, or lost where a disk has no hard links."""
+    make_run("a", "last-1.pt", age=1)
+    make_run("a2", "last-0.pt", age=0)
+    make_run("a3", "last-x.pt", age=0)
+    assert to_resume("auto", "").path.name == "a"
+    assert to_resume("checkpoints/a", "").states() == [RunFolder("checkpoints/a").state(1)]
+    with pytest.raises(UserError, match=r"checkpoints/a/last-1\.pt: name the folder"):
+        to_resume("checkpoints/a/last-1.pt", "")
+    with pytest.raises(UserError, match="already holds a run"):
+        RunFolder("checkpoints/a").create()
+
+
+def test_states_are_in_the_order_of_their_age():
+    for age in (10, 2, 1, 0):
+        folder = make_run("a", RunFolder("x").state(age).name, age=-age)
+    assert [path.name for path in folder.states()] == [
+        "last.pt", "last-1.pt", "last-2.pt", "last-10.pt"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("jump", [-86400.0, -1.0, 0.0, 3600.0])
+def test_the_newest_run_is_the_one_saved_last_whatever_the_clock_says(jump):
+    """It is set back, or on, between two runs; the later save is dated later."""
+    for file, find in (("last.pt", lambda: to_resume("auto", "")), ("best.safetensors", newest)):
+        first = make_run("first", file, age=0)
+        earlier = latest_save()
+        second = make_run("second", file, age=-jump)
+        date_after(second.path / file, earlier)
+        assert find().path == second.path
+        assert os.stat(second.path / file).st_mtime > os.stat(first.path / file).st_mtime
+        for path in (first.path / file, second.path / file):
+            path.unlink()
+
+
+def test_a_clock_that_was_set_back_never_gives_a_name_that_is_taken(monkeypatch):
+    monkeypatch.setattr(run_folder.time, "strftime", lambda _: "1120_082244")
+    names = []
+    for _ in range(3):
+        names.append(new_name("lora", "vit_b"))
+        names[-1].mkdir(parents=True)
+    assert [name.name for name in names] == [
+        f"1120_082244_lora_vit_b{end}" for end in ("", "_2", "_3")
+    ]

@@ -18,7 +18,7 @@ from torch import nn
 from samtune.engine import evaluator as evaluator_module
 from samtune.engine.distributed import Process
 from samtune.engine.evaluator import Evaluator
-from samtune.errors import UserError
+from samtune.errors import Interrupted, UserError
 from samtune.structures import Batch, Frame, Frames, Prediction, Prompts
 
 SIDE = 8
@@ -81,6 +81,8 @@ class Ranks:
         values = list(self.slots)
         self.barrier.wait()
         return values
+
+    all_gather_objects = all
 
     def gather_objects(self, value):
         values = self.all(value)
@@ -145,6 +147,26 @@ def test_a_mistake_that_one_rank_meets_is_raised_on_all_and_none_hangs(model, mo
     for future in ranks.run(lambda p: Evaluator(model, [score], p).run(broken(p))):
         with pytest.raises(UserError, match=r"b\.png is truncated"):
             future.result()
+
+
+def test_where_one_rank_is_told_to_stop_all_end_together_without_a_score(model, monkeypatch):
+    """That one after its batch under way; also where a rank has no batch at all."""
+    scored = {0: 0, 1: 0, 2: 0}
+
+    def run(process):
+        def count(batches):
+            scored[process.rank] += batches
+
+        batches = loader(8, process.rank, 2, 1) if process.rank < 2 else []
+        stop = lambda: process.rank == 1 and scored[1] >= 2  # noqa: E731
+        return Evaluator(model, [score], process).run(batches, count, stop=stop)
+
+    ranks = Ranks(3)
+    monkeypatch.setattr(evaluator_module, "distributed", ranks)
+    for future in ranks.run(run):
+        with pytest.raises(Interrupted):
+            future.result()
+    assert scored == {0: 4, 1: 2, 2: 0}
 
 
 def test_running_out_of_gpu_memory_says_what_to_lower(model):

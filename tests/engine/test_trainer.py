@@ -5,10 +5,12 @@ import math
 import os
 import re
 import signal
+import time
 from dataclasses import replace
 
 import pytest
 import torch
+from crash_points import in_fork
 from engine_standins import (
     METADATA,
     Diary,
@@ -316,6 +318,129 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, step
         assert same(whole[part], parts[part]), part
     files = [(tmp_path / name / "best.safetensors").read_bytes() for name in ("whole", "parts")]
     assert files[0] == files[1]
+
+
+def test_a_signal_in_validation_ends_it_and_the_next_launch_begins_it_again(tmp_path, monkeypatch):
+    """Bounded by a batch, not by the validation set; the epoch's steps are not taken again."""
+    plan = Plan(7, 2)
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    whole = everything(*fit(tmp_path / "whole", ALONE, plan, 3)[:2])
+    finish = Trainer._finish_epoch
+
+    def finishing(self, validate, *arguments):
+        def validating():
+            if self.progress.epoch == 1:
+                signal.raise_signal(signal.SIGUSR1)
+            if self.is_asked_to_stop():  # as the evaluator finds out between two batches
+                raise Interrupted("scoring was interrupted")
+            return validate()
+
+        return finish(self, validating, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_finish_epoch", finishing)
+        with pytest.raises(Interrupted, match="in epoch 2 after 4 of its steps") as caught:
+            fit(tmp_path / "parts", ALONE, plan, 3)
+    assert [record["epoch"] for record in caught.value.diary.records] == [1]
+    trainer, diary, _ = fit(tmp_path / "parts", ALONE, plan, 3, resume=True, seed=9)
+    assert diary.steps == plan.steps_per_epoch
+    diary.records[:0] = caught.value.diary.records
+    assert same(whole, everything(trainer, diary))
+
+
+def test_a_signal_at_the_very_end_of_the_last_epoch_is_not_lost(tmp_path, monkeypatch):
+    """What comes after training, scoring, does not begin; the next launch does only that."""
+    save = Checkpoints.save_last
+
+    def saving(self, state):
+        save(self, state)
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "save_last", saving)
+        with pytest.raises(Interrupted, match="interrupted after the last epoch; .*--resume"):
+            fit(tmp_path, ALONE, Plan(4, 2), 1)
+    _, diary, result = fit(tmp_path, ALONE, Plan(4, 2), 1, resume=True)
+    assert diary.steps == 0 and result.epochs == 1
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A monotonic clock on which each step takes a minute; the wall clock jumps about."""
+    now, train_step = [0.0], Trainer.train_step
+
+    def step(self, *arguments):
+        train_step(self, *arguments)
+        now[0] += 60
+
+    monkeypatch.setattr(Trainer, "train_step", step)
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "time", lambda: 1e9 - 7 * now[0])
+
+
+@pytest.mark.parametrize(
+    ("minutes", "positions"),
+    [
+        (0, [(1, 0), (2, 0)]),
+        (3, [(0, 3), (0, 6), (1, 0), (1, 3), (1, 6), (2, 0)]),
+        (5, [(0, 5), (1, 0), (1, 5), (2, 0)]),
+        (0.5, [(0, 1), (0, 2), (0, 3), (0, 4), (0, 5), (0, 6), (1, 0)]),
+        (60, [(1, 0), (2, 0)]),
+    ],
+)
+def test_long_epochs_are_saved_within(tmp_path, monkeypatch, clock, minutes, positions):
+    """So many minutes after the last save, whatever the wall clock says; and nothing else moves."""
+    plan, saves = Plan(7, 1), []
+    for name in ("plain", "saved"):
+        (tmp_path / name).mkdir()
+    plain = everything(*fit(tmp_path / "plain", ALONE, plan, 2)[:2])
+    save = Checkpoints.save_last
+
+    def saving(self, state):
+        saves.append((state["progress"]["epoch"], state["progress"]["step"]))
+        save(self, state)
+
+    monkeypatch.setattr(Checkpoints, "save_last", saving)
+    saved = everything(*fit(tmp_path / "saved", ALONE, plan, 2, save_every=60 * minutes)[:2])
+    assert saves[: len(positions)] == positions
+    assert same(plain, saved)
+
+
+def test_killed_within_an_epoch_a_run_goes_on_from_its_last_save(tmp_path, clock):
+    """kill -9 leaves no chance to save: bit for bit from the state that was there."""
+    plan = Plan(9, 1)
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    whole = everything(*fit(tmp_path / "whole", ALONE, plan, 2)[:2])
+
+    def killed(step):
+        if step == 9 + 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    parts = {"folder": tmp_path / "parts", "process": ALONE, "plan": plan, "epochs": 2}
+    assert in_fork(lambda: fit(**parts, on_step=killed, save_every=120)) == -signal.SIGKILL
+    progress = load_run_state(tmp_path / "parts" / "last.pt")["progress"]
+    assert (progress["epoch"], progress["step"]) == (1, 4)
+    trainer, diary, _ = fit(**parts, resume=True, seed=9)
+    assert diary.steps == 5
+    diary.records[:0] = whole["records"][:1]
+    assert same(whole, everything(trainer, diary))
+
+
+def test_a_damaged_last_state_costs_what_was_done_since_the_one_before(tmp_path, clock):
+    """The run goes on from that, and ends as if nothing had happened."""
+    plan = Plan(6, 1)
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    whole = everything(*fit(tmp_path / "whole", ALONE, plan, 1)[:2])
+    with pytest.raises(Interrupted):
+        fit(tmp_path / "parts", ALONE, plan, 1, on_step=kill_at(5), save_every=120)
+    last = tmp_path / "parts" / "last.pt"
+    last.write_bytes(last.read_bytes()[:-500])
+    trainer, diary, _ = fit(tmp_path / "parts", ALONE, plan, 1, resume=True, seed=9)
+    assert diary.steps == 2
+    assert same(whole, everything(trainer, diary))
 
 
 def test_killed_after_an_epoch_and_resumed_equals_uninterrupted(tmp_path):

@@ -33,7 +33,8 @@ from samtune.run_folder import RunFolder, date_after, latest_save
 from samtune.tensor_files import existing_file, read_state_dict, read_tensors
 
 IDENTITY = ("adapter", "model_type", "image_size", "base_sha256")  # what a file cannot change
-_METADATA_KEY, _CHECKSUM_KEY = "samtune", "checksum"
+_METADATA_KEY = "samtune"
+_CHECKSUM = "checksum"  # its name in the metadata
 _SHOWN_NAMES = 6
 
 Renames = Sequence[tuple[str, str | None]]
@@ -126,13 +127,14 @@ def save_adapted(path: str | Path, model: nn.Module, metadata: Mapping[str, Any]
     state = adapted_state(model)
     if state is None:
         return False
-    text = json.dumps(dict(metadata))
-    expected = checksum([text, state])
-    content = save(state, {_METADATA_KEY: text, _CHECKSUM_KEY: expected})
+    expected = _checksum(metadata, state)
+    text = json.dumps({**metadata, _CHECKSUM: expected})
+    # One entry: safetensors writes several in any order, and equal states should be equal files.
+    content = save(state, {_METADATA_KEY: text})
 
     def check(written: Path) -> None:
-        header, tensors = _header(written), read_tensors(written)
-        require_written(written, checksum([header[_METADATA_KEY], tensors]), expected)
+        found = _checksum(read_metadata(written), read_tensors(written))
+        require_written(written, found, expected)
 
     write_atomically(path, lambda file: file.write(content), check)
     return True
@@ -143,19 +145,30 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
 
     Raises UserError if the file is missing, damaged, or was not written by samtune.
     """
-    try:
-        return json.loads(_header(path)[_METADATA_KEY])
-    except (KeyError, ValueError):
-        raise UserError(f"{path} does not say what model it belongs to: not samtune's") from None
+    told = _told(path)
+    if told is None:
+        raise UserError(f"{path} does not say what model it belongs to: not samtune's")
+    told.pop(_CHECKSUM, None)
+    return told
 
 
-def _header(path: str | Path) -> dict[str, str]:
-    """The texts beside the tensors of a safetensors file. Raises UserError if it is none."""
+def _told(path: str | Path) -> dict[str, Any] | None:
+    """What a safetensors file says beside its tensors, the checksum too; None in a file of others.
+
+    Raises UserError if it is no such file.
+    """
     try:
         with safe_open(existing_file(path), "pt") as file:
-            return file.metadata() or {}
+            told = json.loads(file.metadata()[_METADATA_KEY])
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a readable safetensors file: {error}") from None
+    except (KeyError, TypeError, ValueError):
+        return None
+    return told if isinstance(told, dict) else None
+
+
+def _checksum(metadata: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
+    return checksum([json.dumps(dict(metadata)), state])
 
 
 def _require_whole(path: str | Path, state: Mapping[str, Tensor]) -> None:
@@ -163,9 +176,9 @@ def _require_whole(path: str | Path, state: Mapping[str, Tensor]) -> None:
 
     Files of others, and those from before checksums, say none.
     """
-    header = _header(path)
-    expected = header.get(_CHECKSUM_KEY)
-    if expected is not None and checksum([header.get(_METADATA_KEY), state]) != expected:
+    told = _told(path) or {}
+    expected = told.pop(_CHECKSUM, None)
+    if expected is not None and _checksum(told, state) != expected:
         raise UserError(
             f"{path} is damaged: its content does not have the checksum it was given; take it from "
             "a copy"

@@ -42,7 +42,8 @@ class RunStates:
         """
         save_run_state(self.folder.last, state, before_naming=self._move_on)
         for path in self.folder.states()[self.keep :]:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the next save tries again
+                path.unlink()
         self._damaged.clear()
 
     def _move_on(self) -> None:
