@@ -6,9 +6,9 @@ part of a file written, a flush to the disk, a new name, a link, a removal) and 
 
 from __future__ import annotations
 
-import builtins
 import ctypes
 import errno
+import io
 import os
 import signal
 import sys
@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+from samtune.engine import durable
 
 SKIP = 77  # exit code of a fork that could not do what it was to do
 _NEW_MOUNTS, _NEW_USER = 0x00020000, 0x10000000  # of linux/sched.h
@@ -68,41 +70,23 @@ class Faults:
         return counted
 
 
-class _File:
-    """An open file whose writes count; the one that fails leaves half of its bytes."""
-
-    def __init__(self, file, faults: Faults):
-        self._file, self._faults = file, faults
-
-    def write(self, content) -> int:
-        if self._faults():
-            self._file.write(bytes(content)[: len(content) // 2])
-            self._file.flush()
-            self._faults.strike()
-        return self._file.write(content)
-
-    def __getattr__(self, name):
-        return getattr(self._file, name)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self._file.close()
-
-
 @contextmanager
 def faults(monkeypatch, at: int, strike: Callable[[], None]):
-    """Inside, what is done to files through `os` and `open(..., "wb")` counts, and one fails."""
-    counted = Faults(at, strike)
-    opened = builtins.open
+    """Inside, what is done to files through `os` and `durable.Disk` counts, and one fails.
 
-    def open_(path, mode="r", *arguments, **options):
-        file = opened(path, mode, *arguments, **options)
-        return _File(file, counted) if mode == "wb" else file
+    A write that fails leaves half of its bytes.
+    """
+    counted = Faults(at, strike)
+
+    class Failing(io.FileIO):
+        def write(self, content):
+            if counted():
+                super().write(memoryview(content)[: len(content) // 2])
+                strike()
+            return super().write(content)
 
     with monkeypatch.context() as patched:
-        patched.setattr(builtins, "open", open_)
+        patched.setattr(durable.Disk, "__bases__", (Failing,))
         removals = () if strike is full_disk else ("unlink",)  # they need no room
         for name in ("fsync", "replace", "link", *removals):
             patched.setattr(os, name, counted.wrapped(getattr(os, name)))

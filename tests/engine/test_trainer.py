@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from crash_points import in_fork
 from engine_standins import (
     METADATA,
     Diary,
@@ -26,6 +25,7 @@ from engine_standins import (
     scores_of,
 )
 
+from crash_points import in_fork
 from samtune.config import OptimOptions
 from samtune.engine.checkpoint import Checkpoints, adapted_state, load_adapted
 from samtune.engine.distributed import Process
@@ -359,7 +359,7 @@ def test_a_signal_at_the_very_end_of_the_last_epoch_is_not_lost(tmp_path, monkey
 
     with monkeypatch.context() as patched:
         patched.setattr(Checkpoints, "save_last", saving)
-        with pytest.raises(Interrupted, match="interrupted after the last epoch; .*--resume"):
+        with pytest.raises(Interrupted, match=r"interrupted after the last epoch; .*--resume"):
             fit(tmp_path, ALONE, Plan(4, 2), 1)
     _, diary, result = fit(tmp_path, ALONE, Plan(4, 2), 1, resume=True)
     assert diary.steps == 0 and result.epochs == 1

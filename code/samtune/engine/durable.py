@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,9 +31,10 @@ def write_atomically(
     """
     path = Path(path)
     temporary = path.with_name(f".part.{path.name}")
+    refusals: list[OSError] = []
     try:
         try:
-            with open(temporary, "wb") as file:
+            with io.BufferedWriter(Disk(temporary, refusals)) as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -42,12 +44,32 @@ def write_atomically(
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        sync_folder(path.parent)
-    except OSError as error:
-        reason = error.strerror or error
+    except Exception as error:
+        if isinstance(error, OSError):
+            refusals.append(error)
+        if not refusals:
+            raise
+        reason = refusals[0].strerror or refusals[0]
         raise UserError(
             f"{path} could not be written: {reason}; the previous file is unchanged"
         ) from error
+    sync_folder(path.parent)
+
+
+class Disk(io.FileIO):
+    """A file to write that notes why the system refused: `torch.save` makes an error of its own of
+    that, a RuntimeError without the reason."""
+
+    def __init__(self, path: Path, refusals: list[OSError]):
+        super().__init__(path, "wb")
+        self._refusals = refusals
+
+    def write(self, content) -> int | None:
+        try:
+            return super().write(content)
+        except OSError as error:
+            self._refusals.append(error)
+            raise
 
 
 def write_text(path: Path, text: str) -> None:
