@@ -46,6 +46,7 @@ def started(folder: Path, log: str, *arguments) -> int:
             os.chdir(folder)
             file = os.open(log, os.O_WRONLY | os.O_CREAT)
             os.dup2(file, 1), os.dup2(file, 2)
+            sys.stdout = sys.stderr = os.fdopen(file, "w")
             paths = [str(HERE), str(HERE.parents[1] / "code")]
             os.environ |= {"PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
             for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"):
@@ -58,7 +59,7 @@ def started(folder: Path, log: str, *arguments) -> int:
     return process
 
 
-def ended(process: int, seconds: float = 120) -> int:
+def ended(process: int, seconds: float = 300) -> int:
     """The launcher's exit code; a hang fails the test."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
