@@ -85,12 +85,15 @@ def faults(monkeypatch, at: int, strike: Callable[[], None]):
                 strike()
             return super().write(content)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(durable.Disk, "__bases__", (Failing,))
-        removals = () if strike is full_disk else ("unlink",)  # they need no room
-        for name in ("fsync", "replace", "link", *removals):
-            patched.setattr(os, name, counted.wrapped(getattr(os, name)))
-        yield counted
+    durable.Disk.__bases__ = (Failing,)
+    try:
+        with monkeypatch.context() as patched:
+            removals = () if strike is full_disk else ("unlink",)  # they need no room
+            for name in ("fsync", "replace", "link", *removals):
+                patched.setattr(os, name, counted.wrapped(getattr(os, name)))
+            yield counted
+    finally:
+        durable.Disk.__bases__ = (io.FileIO,)
 
 
 def killed() -> None:

@@ -76,6 +76,14 @@ def test_the_launchers_defaults_do_not_win_over_a_file(tmp_path):
     assert said == {"--epoch": "3", "--train_mask_dir": "a b"}
 
 
+def test_the_launcher_passes_restarts_to_torchrun(tmp_path):
+    for given, passed in (({}, "0"), ({"MAX_RESTARTS": "3"}, "3")):
+        passed_on(tmp_path, **given)
+        arguments = json.loads(launch(tmp_path, "run.sh", **given).splitlines()[-1])
+        assert arguments[arguments.index("--max_restarts") + 1] == passed
+        assert arguments.index("--max_restarts") < arguments.index("code/run_sa.py")
+
+
 QUICK = {"EPOCH": "1", "BATCH_SIZE": "4"}
 
 

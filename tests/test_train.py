@@ -15,7 +15,9 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from crash_points import full_disk, in_fork
 from samtune import config as c
+from samtune import flags, run_lock
 from samtune.adapters.gsam import Gsam
 from samtune.adapters.options import (
     DecoderOptions,
@@ -26,8 +28,10 @@ from samtune.adapters.options import (
 )
 from samtune.data.loading import Loader
 from samtune.data.sample_data import make_sample_set
+from samtune.engine import durable
 from samtune.engine.checkpoint import read_metadata
 from samtune.engine.distributed import Process
+from samtune.engine.evaluator import Evaluator
 from samtune.engine.records import read_epochs
 from samtune.engine.trainer import Trainer
 from samtune.errors import Interrupted, UserError
@@ -230,6 +234,9 @@ def test_bad_files_are_named_before_training(config, how, kind, said):
         ("optim", {"precision": "fp16"}, "--precision fp16"),
         ("optim", {"lr": -1.0}, "--lr"),
         ("loader", {"batch_size": 0}, "--batch_size"),
+        ("run", {"keep": 0}, "--keep 0"),
+        ("run", {"save_every": -1.0}, "--save_every -1"),
+        ("run", {"save_every": float("nan")}, "--save_every nan"),
     ],
 )
 def test_what_cannot_work_is_said_before_training(config, group, changes, said):
@@ -237,6 +244,112 @@ def test_what_cannot_work_is_said_before_training(config, group, changes, said):
     with pytest.raises(UserError, match=said):
         train(wrong, None, ALONE)
     assert not Path("run/last.pt").exists()
+
+
+def test_two_runs_in_one_folder(config, monkeypatch):
+    """The second is refused with the folder's name, and changes nothing; the first goes on."""
+    refused = []
+
+    def second():
+        def run_there():
+            for resumed in (None, RunFolder("run")):
+                with pytest.raises(UserError, match="--output_dir run: another run is at work"):
+                    train(config, resumed, ALONE)
+
+        before = {path: path.read_bytes() for path in Path("run").iterdir()}
+        refused.append(in_fork(run_there))
+        assert before == {path: path.read_bytes() for path in Path("run").iterdir()}
+
+    at_step(2, second, monkeypatch)
+    train(config, None, ALONE)
+    assert refused == [0] and load_trained("run")
+
+
+def test_a_signal_in_validation_ends_it_after_a_batch(config, monkeypatch):
+    """And the next launch validates that epoch, and is done."""
+    predict, batches = Evaluator._predict, []
+
+    def predicting(self, batch):
+        batches.append(1)
+        interrupt()
+        return predict(self, batch)
+
+    with monkeypatch.context() as patched, pytest.raises(Interrupted, match="epoch 1 after 6 of"):
+        patched.setattr(Evaluator, "_predict", predicting)
+        train(config, None, ALONE)
+    assert len(batches) == 1 and not Path("run/best.safetensors").exists()
+    train(config, RunFolder("run"), ALONE)
+    assert [record["epoch"] for record in read_epochs(Path("run/metrics.jsonl"))] == [1]
+
+
+def test_as_many_states_stay_as_asked_for_and_a_damaged_one_is_said(config, capsys):
+    config = replace(config, run=replace(config.run, epoch=3, keep=3))
+    train(config, None, ALONE)
+    assert [path.name for path in RunFolder("run").states()] == [
+        "last.pt", "last-1.pt", "last-2.pt"
+    ]  # fmt: skip
+    Path("run/last.pt").write_bytes(b"half of it")
+    capsys.readouterr()
+    train(config, RunFolder("run"), ALONE)
+    said = capsys.readouterr().out
+    assert said.count("warning: ") == 1
+    assert "run/last.pt" in said and "goes on from run/last-1.pt" in said
+    assert [record["epoch"] for record in read_epochs(Path("run/metrics.jsonl"))] == [1, 2, 3]
+
+
+def test_what_torchrun_starts_again_goes_on_by_itself(config, monkeypatch, capsys):
+    """Nobody says --resume, nor where the run lies; before anything was saved it begins anew."""
+    import run_sa
+
+    monkeypatch.setitem(run_sa.CHOICES, "model_type", list(MODEL_TYPES))  # made at import
+    monkeypatch.setattr(run_lock, "launch_name", lambda: "ours")
+    monkeypatch.setattr("samtune.train.launch_name", lambda: "ours")
+    config = replace(
+        config, run=replace(config.run, output_dir="", epoch=2), test=c.TestDataOptions(),
+        log=c.LogOptions(log_every=0),
+    )  # fmt: skip
+    options = flags.dump([getattr(config, f.name) for f in fields(config)])
+    argv = [f"--{name}={value}" for name, value in options.items()]
+    with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+        at_step(2, lambda: 1 / 0, patched)
+        run_sa.train(argv)
+    (run,) = Path("checkpoints").iterdir()
+    assert not RunFolder(run).states() and "started again" not in capsys.readouterr().err
+    with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+        at_step(8, lambda: 1 / 0, patched)
+        run_sa.train(argv)
+    assert f"started again: {run} has no state yet and begins anew" in capsys.readouterr().err
+    run_sa.train(argv)
+    assert f"started again: {run} goes on from its last state" in capsys.readouterr().err
+    assert [run] == list(Path("checkpoints").iterdir())
+    assert [record["epoch"] for record in read_epochs(run / "metrics.jsonl")] == [1, 2]
+
+
+def test_a_disk_that_fills_up_while_a_run_is_at_it_is_one_sentence(config, monkeypatch):
+    """In the files beside the checkpoints as well; the states from before are whole."""
+    train(config, None, ALONE)
+    before = Path("run/last.pt").read_bytes()
+    config = replace(config, run=replace(config.run, epoch=2))
+    for name in ("config.yaml", "model.txt", "metrics.jsonl", "last.pt"):
+        with monkeypatch.context() as patched:
+            patched.setattr(durable.Disk, "__init__", full_for(name, durable.Disk.__init__))
+            with pytest.raises(UserError, match=rf"run/{name} could not be written: No space"):
+                train(config, RunFolder("run"), ALONE)
+        assert Path("run/last.pt").read_bytes() == before
+        assert not list(Path("run").glob(".part*"))
+    train(config, RunFolder("run"), ALONE)
+    assert [record["epoch"] for record in read_epochs(Path("run/metrics.jsonl"))] == [1, 2]
+
+
+def full_for(name: str, opened):
+    """Opening a file to write, for which the disk is full if it has this name."""
+
+    def refusing(self, path, refusals):
+        opened(self, path, refusals)
+        if path.name.endswith(name):
+            full_disk()
+
+    return refusing
 
 
 def test_an_html_page_or_another_model_is_no_base(config):
