@@ -360,8 +360,6 @@ def test_an_html_page_or_another_model_is_no_base(config):
 
 def test_the_config_of_a_run_repeats_it(config):
     """`--config checkpoints/run/config.yaml` is the same run."""
-    from samtune import flags
-
     train(config, None, ALONE)
     groups = [type(getattr(config, f.name)) for f in fields(config)]
     parsed = flags.parse("x", "", groups, ["--config", "run/config.yaml", "--output_dir", "again"])

@@ -100,6 +100,11 @@ def test_a_signal_on_one_rank_stops_all_after_the_same_step(ranks):
         assert rank["stopped"] == [(4, True), (True, True), (False, True)]
 
 
+def test_what_one_rank_finds_due_all_do_once_after_the_same_step(ranks):
+    """One step later, as nobody waits for the answer; rank 1 has no clock of its own."""
+    assert [rank["due"] for rank in ranks] == [([4], False)] * 2
+
+
 def test_exactly_one_rank_is_the_first_to_fail(ranks):
     assert sorted(rank["first"] for rank in ranks) == [False, True]
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import time
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from samtune.engine.checkpoint import Checkpoints, load_adapted, read_metadata, 
 from samtune.engine.durable import checksum, write_atomically
 from samtune.engine.run_states import RunStates, load_run_state, save_run_state
 from samtune.errors import UserError
-from samtune.run_folder import RunFolder
+from samtune.run_folder import ROOT, RunFolder, newest, to_resume
 
 
 def state_of(epoch: int) -> dict:
@@ -315,6 +316,23 @@ def test_the_last_state_of_a_run_is_the_one_that_all_ranks_load(tmp_path):
     assert saved.load_last()["epoch"] == 1 and "last-1.pt" in saved.warning
     with pytest.raises(UserError, match=r"last-1.pt belongs to another model"):
         Checkpoints(RunFolder(tmp_path), METADATA | {"model_type": "other"}).load_last()
+
+
+@pytest.mark.parametrize("ahead", [-3600, 3600])
+def test_the_run_that_saved_last_is_the_newest_on_a_clock_that_was_set_back(
+    tmp_path, monkeypatch, ahead
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("old", "new"):
+        saved = Checkpoints(RunFolder(ROOT / name), METADATA)
+        saved.folder.path.mkdir(parents=True)
+        saved.save_best(new_model())
+        saved.save_last(state_of(1))
+        if name == "old":
+            for path in saved.folder.path.iterdir():
+                os.utime(path, (time.time() + ahead,) * 2)
+    saved.save_last(state_of(2))
+    assert to_resume("auto", "").path.name == newest().path.name == "new"
 
 
 def test_a_name_is_on_disk_when_the_file_is_said_to_be_written(tmp_path, monkeypatch):

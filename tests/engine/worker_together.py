@@ -85,6 +85,17 @@ def stopped_at(process, signalled_step):
         return stop.settle(), stop._pending is None
 
 
+def due_at(process):
+    """The steps after which this rank saves when rank 0 finds at step 3 that it is time."""
+    saves = []
+    with distributed.StopSignal() as stop:
+        for step in range(10):
+            assert not stop.agreed(process.is_main and step >= 3 and not saves)
+            if stop.due:
+                saves.append(step)
+        return saves, stop.settle()
+
+
 def interrupted_run(process, folder):
     """An uninterrupted run, and one that rank 1 stops in the middle of its second epoch."""
     plan = Plan(11, 2, 1, process.rank, process.world)
@@ -130,6 +141,7 @@ def main():
         "objects": objects(process),
         "noise": noise(process),
         "stopped": [stopped_at(process, 3), stopped_at(process, 19), stopped_at(process, 99)],
+        "due": due_at(process),
         "interrupted": interrupted_run(process, folder),
         "broken": broken_run(process, folder / "broken"),
         "thawed": thawed_head(process),
