@@ -283,6 +283,44 @@ def test_a_signal_saves_and_the_next_launch_goes_on_exactly(house):
     assert all((first[name] == second[name]).all() for name in first)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_run_that_loses_a_process_ends_as_if_nothing_had_happened(house, rank):
+    """kill -9 in the second epoch, `MAX_RESTARTS=1`, no folder named and nothing to go on with."""
+    flags = ["--batch_size", "1", "--epoch", "3", "--workers", "1", "--adapter", "decoder"]
+    whole, root = house / f"checkpoints/whole{rank}", house / "checkpoints"
+    launch(house, "run.sh", *flags, NGPU="2", OUTPUT_DIR=str(whole))
+    before = set(root.iterdir())
+    process = subprocess.Popen(
+        ["bash", "run.sh", *flags], cwd=house, text=True,
+        env=environment(NGPU="2", MAX_RESTARTS="1"),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        for _ in range(3000):
+            started = set(root.iterdir()) - before
+            if any((run / "last.pt").exists() for run in started):
+                break
+            assert process.poll() is None
+            time.sleep(0.1)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[rank]), signal.SIGKILL)
+        text, _ = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert process.returncode == 0 and "signal SIGKILL: restart 1 of 1" in text, text
+    (run,) = started
+    assert f"started again: checkpoints/{run.name} goes on from its last state" in text
+    assert set(root.iterdir()) - before == {run}
+    from safetensors.numpy import load_file
+
+    first, second = (load_file(folder / "best.safetensors") for folder in (whole, run))
+    assert first.keys() == second.keys()
+    assert all((first[name] == second[name]).all() for name in first)
+    one, other = (scores_of(house, f"checkpoints/{folder.name}") for folder in (whole, run))
+    assert one["tuned"] == other["tuned"]
+
+
 def test_isbi_2012(house, data_dir):
     """Real data with its own names, JPEG labels and inverted polarity, split by slice number."""
     flags = [

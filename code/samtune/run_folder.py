@@ -159,8 +159,9 @@ def date_after(path: Path, earlier: float) -> None:
 
     The newest run is found by date. So a clock that was set back does not make an old run newest.
     """
-    if path.stat().st_mtime <= earlier:
-        os.utime(path, (earlier + 1, earlier + 1))
+    if _saved(path) <= earlier:
+        with contextlib.suppress(OSError):
+            os.utime(path, (earlier + 1, earlier + 1))
 
 
 def newest() -> RunFolder:
