@@ -59,7 +59,7 @@ def started(folder: Path, log: str, *arguments) -> int:
     return process
 
 
-def ended(process: int, seconds: float = 300) -> int:
+def ended(process: int, seconds: float = 600) -> int:
     """The launcher's exit code; a hang fails the test."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -76,13 +76,11 @@ def ended(process: int, seconds: float = 300) -> int:
     ("ends", "starts", "code"),
     [
         ([1], 2, 0),
-        ([-signal.SIGKILL, 1], 3, 0),
         ([1, -signal.SIGKILL, 1], 3, EXIT_CRASH),
         ([EXIT_USER_ERROR], 1, EXIT_USER_ERROR),
-        ([EXIT_OUT_OF_MEMORY], 1, EXIT_OUT_OF_MEMORY),
+        ([1, EXIT_OUT_OF_MEMORY], 2, EXIT_OUT_OF_MEMORY),
         ([EXIT_INTERRUPTED], 1, EXIT_INTERRUPTED),
         ([-signal.SIGUSR1], 1, EXIT_INTERRUPTED),
-        ([1, EXIT_USER_ERROR], 2, EXIT_USER_ERROR),
     ],
 )
 def test_workers_are_started_again_only_where_that_can_help(tmp_path, ends, starts, code):
