@@ -15,13 +15,20 @@ import sys
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import parse_args
 from torch.distributed.run import run as launch
 
-from samtune.errors import EXIT_CRASH, EXIT_INTERRUPTED, EXIT_USER_ERROR
+from samtune.errors import (
+    EXIT_ABORTED,
+    EXIT_CRASH,
+    EXIT_INTERRUPTED,
+    EXIT_LOST,
+    EXIT_OUT_OF_MEMORY,
+    EXIT_USER_ERROR,
+)
 
-SAID_BY_THE_WORKER = (EXIT_USER_ERROR, EXIT_INTERRUPTED)
+SAID_BY_THE_WORKER = (EXIT_USER_ERROR, EXIT_OUT_OF_MEMORY, EXIT_INTERRUPTED, EXIT_ABORTED)
 
 
 def run() -> int:
@@ -42,8 +49,12 @@ def run() -> int:
                 return code
         if -signal.SIGUSR1 in codes:  # warned when there was nothing to save yet, or no more
             return EXIT_INTERRUPTED
-        rank, first = error.get_first_failure()
+        if EXIT_LOST in codes and EXIT_CRASH not in codes:
+            return EXIT_LOST
+        rank, first = min(error.failures.items(), key=_guilt)
         print(f"rank {rank} ended with {_describe(first.exitcode)}", file=sys.stderr)
+        if first.exitcode == -signal.SIGKILL:
+            return EXIT_LOST
         return first.exitcode if first.exitcode > 0 else EXIT_CRASH
     except SignalException:
         return EXIT_INTERRUPTED
@@ -64,7 +75,15 @@ def pass_on(number: int, frame) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+def _guilt(failure: tuple[int, ProcessFailure]) -> tuple[bool, int]:
+    """Smaller is likelier the cause: others follow it, or are ended for it."""
+    consequences = (EXIT_LOST, -signal.SIGTERM)
+    return failure[1].exitcode in consequences, failure[1].timestamp
+
+
 def _describe(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "signal SIGKILL: somebody ended it, or the system for want of memory"
     return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
 
 

@@ -7,7 +7,9 @@ import pytest
 
 CODE = Path(__file__).resolve().parents[1] / "code"
 PACKAGE = CODE / "samtune"
-GROUND = {"errors", "structures", "config", "flags", "run_folder", "tensor_files", "threads"}
+GROUND = {
+    "errors", "structures", "config", "flags", "run_folder", "tensor_files", "threads", "activity",
+}  # fmt: skip
 WINGS = {"models", "data", "metrics", "losses", "engine"}
 VERBS = {
     "train", "evaluate", "importing", "merging", "compare", "benchmark", "adapter_table",

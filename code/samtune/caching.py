@@ -73,6 +73,9 @@ class _Missing(torch.utils.data.Dataset):
         name = self.dataset.kept.name(self.dataset.view_of(epoch), index)
         return self.dataset.look(epoch, index), name
 
+    def files_of(self, keys: Sequence[tuple[int, int]]) -> list[str]:
+        return [str(self.dataset.pairs[index].image_path) for _, index in keys]
+
 
 def _collate(items: Sequence[tuple]) -> Pictures:
     views, names = zip(*items, strict=True)

@@ -437,7 +437,11 @@ class RunOptions:
         "newest run in checkpoints/, or begin anew where there is none",
     )
     save_pth: bool = option(False, "also write best.pth, a flat dict of tensors by name")
-    timeout: int = option(60, "minutes that a process waits for the others before it gives up")
+    timeout: int = option(
+        60,
+        "minutes in which no process of the run moves on, after which it is ended with a line that "
+        "says which one is behind, at which step and with which files",
+    )
 
 
 @dataclass(frozen=True)

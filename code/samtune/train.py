@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from samtune import flags
+from samtune.activity import now
 from samtune.adapters import ADAPTERS, build_model
 from samtune.caching import FeatureCaching, check_caching
 from samtune.config import TrainConfig
@@ -80,6 +80,7 @@ def run(config: TrainConfig, resumed: RunFolder | None, process: Process) -> Tra
             own = config.data.dataset.split("+")
             scored_sets(config.test, config.read, own, indexes=indexes)
     folder = RunFolder(config.run.output_dir)
+    now.run = str(folder.path)
     saved = Checkpoints(folder, metadata, config.run.save_pth)
     with distributed.together():
         if process.is_main and not resumed:
@@ -301,7 +302,7 @@ def _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state):
     def explain_slow_data(pace: Pace) -> str:
         return slow_data(pace, train_loader.num_workers, cores_per_process(), image_size, config)
 
-    with closing(train_loader), closing(val_loader):
+    with train_loader, val_loader:
         return trainer.fit(
             plan, make_batches, validate, logbook, saved,
             epochs=run.epoch, best_by=run.best_by, patience=run.patience, resume=state,

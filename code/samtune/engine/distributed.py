@@ -28,9 +28,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from samtune.errors import UserError
+from samtune.activity import now
+from samtune.errors import Lost, UserError
 
 _REPEATED_SECONDS = 1.0  # two signals closer than this are one Ctrl-C, told twice by torchrun
+_BOARD_PATIENCE = timedelta(seconds=60)
+_board: dist.Store | None = None
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,9 @@ class Process:
 def start(timeout_minutes: float = 60) -> Process:
     """Join the processes that torchrun started, or be the only one.
 
-    timeout_minutes: how long a collective waits for the other ranks before it gives up.
-    Raises UserError if a machine runs more processes than it has GPUs.
+    timeout_minutes: after which `watchdog` ends a run in which nothing moves. A collective waits
+    for twice as long: rank 0 may be at work that it announces, one piece of it after another.
+    Raises UserError if a machine runs more processes than it has GPUs; Lost if not all come.
     """
     rank, world, local_rank = (
         int(os.environ.get(name, default))
@@ -69,12 +73,48 @@ def start(timeout_minutes: float = 60) -> Process:
         torch.cuda.set_device(device)
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+        _meet(backend, world, timedelta(minutes=2 * timeout_minutes + 1))
     return Process(rank, world, local_rank, device)
+
+
+def _meet(backend: str, world: int, timeout: timedelta) -> None:
+    global _board
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+        _board = dist.PrefixStore(
+            f"samtune/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}",
+            dist.TCPStore(
+                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+                wait_for_workers=False, timeout=_BOARD_PATIENCE,
+            ),
+        )  # fmt: skip
+    except RuntimeError as error:
+        if not is_broken(error):
+            raise
+        raise Lost(
+            f"the {world} processes of this run did not all meet; is every machine started, with "
+            f"the same MASTER_ADDR and MASTER_PORT? ({str(error).splitlines()[0]})"
+        ) from None
+
+
+def board() -> dist.Store | None:
+    """Where ranks leave notes for each other, by a connection that any thread may use; None where
+    there is one process. What is asked of it raises RuntimeError where the others are gone."""
+    return _board
+
+
+def is_broken(error: Exception) -> bool:
+    """Whether this is what a rank sees of another one's end, or of a wait that took too long."""
+    signs = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    )
 
 
 def shutdown() -> None:
     """Leave the process group. Not collective: a failing rank may call it alone."""
+    global _board
+    _board = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -85,12 +125,12 @@ def first_to_fail() -> bool:
     When a rank fails, the others see only broken connections, whose tracebacks would bury the
     cause. Call this before `shutdown`. Not collective.
     """
-    if not dist.is_initialized():
+    if _board is None:
         return True
     try:
-        return dist.distributed_c10d._get_default_store().add("samtune/failed", 1) == 1
-    except (RuntimeError, ValueError):  # the store went down with another rank
-        return False
+        return _board.add("failed", 1) == 1
+    except RuntimeError:  # it went down with the launcher, or with a rank that has spoken
+        return dist.get_rank() == 0
 
 
 def seed_everything(seed: int, rank: int = 0, deterministic: bool = False) -> None:
@@ -109,6 +149,7 @@ def seed_everything(seed: int, rank: int = 0, deterministic: bool = False) -> No
     torch.backends.cudnn.benchmark = not deterministic
 
 
+@now.waiting()
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Collective. The sum over all ranks, on every rank; `tensor` itself stays as it is."""
     total = tensor.detach().clone()
@@ -117,6 +158,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return total
 
 
+@now.waiting()
 def gather_objects(value: Any) -> list | None:
     """Collective. Every rank's picklable `value` in the order of ranks on rank 0, else None."""
     if not dist.is_initialized():
@@ -126,6 +168,7 @@ def gather_objects(value: Any) -> list | None:
     return values
 
 
+@now.waiting()
 def all_gather_objects(value: Any) -> list:
     """Collective. Every rank's picklable `value` in the order of ranks, on every rank."""
     if not dist.is_initialized():
@@ -135,6 +178,7 @@ def all_gather_objects(value: Any) -> list:
     return values
 
 
+@now.waiting()
 def broadcast_object(value: Any) -> Any:
     """Collective. Rank 0's `value`, on every rank."""
     if not dist.is_initialized():
@@ -144,6 +188,7 @@ def broadcast_object(value: Any) -> Any:
     return holder[0]
 
 
+@now.waiting()
 def barrier() -> None:
     """Collective. Wait until every rank is here; says nothing about work queued on a GPU."""
     if dist.is_initialized():
@@ -454,5 +499,6 @@ class StopSignal(AbstractContextManager):
             return False
         work, flag = self._pending
         self._pending = None
-        work.wait()
+        with now.waiting():
+            work.wait()
         return bool(flag.item())
