@@ -1,9 +1,9 @@
 """A small training on ranks that are forked from the test's process, for faults to happen to.
 
-All is imported there already, so a launch takes no time. A launcher, forked too, holds the store as
-torchrun's does, but ends nobody: who hangs gets no help. Ranks fail as under run_sa.py, whose code
-decides what is said and with which exit code they leave. Every process holds the writing end of a
-pipe, which reads as ended when all are gone, loader processes too.
+All is imported there already (`import_all`), so a launch takes no time. A launcher, forked too,
+holds the store as torchrun's does, but ends nobody: who hangs gets no help. Ranks fail as under
+run_sa.py, whose code decides what is said and with which exit code they leave. Every process holds
+the writing end of a pipe, which reads as ended when all are gone, loader processes too.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from engine_standins import (
     everything,
     new_model,
     new_trainer,
+    run_steps,
     scores_of,
 )
 from PIL import Image
@@ -171,6 +172,15 @@ def hang() -> None:
 # --- the training --------------------------------------------------------------------------------
 
 
+def import_all() -> None:
+    """Also what torch imports when it first makes an optimizer and wraps a model: seconds of it."""
+    import torch._dynamo
+
+    plan = Plan(1, 1)
+    trainer = new_trainer(new_model(), Process(0, 1, 0, torch.device("cpu")), plan)
+    run_steps(trainer, plan, 1)
+
+
 def draw_pictures(folder: Path) -> None:
     rng = np.random.default_rng(0)
     folder.mkdir()
@@ -224,8 +234,9 @@ def training(
 ) -> Callable[[Process], None]:
     """Work for `Ranks`: train to the end, from the last saved state of `run` if there is one.
 
-    before_step: called with (rank, step from 1) before that asks for its batch. validate: called with the rank at each epoch's
-    end. What came out is written to run/done<rank>.pt.
+    before_step: called with (rank, step from 1) when that step is under way but has no batch yet.
+    validate: called with the rank at each epoch's end. What came out is written to
+    run/done<rank>.pt.
     """
 
     def work(process: Process) -> None:

@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 from engine_standins import same
-from rank_faults import EPOCHS, STEPS, Ranks, die, draw_pictures, hang, training
+from rank_faults import EPOCHS, STEPS, Ranks, die, draw_pictures, hang, import_all, training
 
 from samtune.activity import now
 from samtune.engine import distributed
@@ -26,6 +26,7 @@ BAD = 7  # the image that faults are about, from the second epoch on
 def pictures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults") / "images"
     draw_pictures(folder)
+    import_all()
     return folder
 
 

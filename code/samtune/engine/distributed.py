@@ -103,7 +103,7 @@ def board() -> dist.Store | None:
     return _board
 
 
-def is_broken(error: Exception) -> bool:
+def is_broken(error: BaseException) -> bool:
     """Whether this is what a rank sees of another one's end, or of a wait that took too long."""
     signs = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
     return isinstance(error, dist.DistError) or (
@@ -464,9 +464,12 @@ class StopSignal(AbstractContextManager):
             self._previous[number] = signal.signal(number, self._receive)
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, kind, error: BaseException | None, traceback) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if error is not None and is_broken(error):
+            # torchrun ends all ranks when one is gone; who saw it go is to say so first.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def _receive(self, number: int, frame) -> None:
         self._requested = True
