@@ -113,7 +113,7 @@ class Ranks:
             time.sleep(0.02)
         return int((self.folder / "pids").read_text().split()[rank])
 
-    def wait(self, seconds: float = 1500) -> None:
+    def wait(self, seconds: float = 300) -> None:
         """Until every process is gone. Fails after `seconds`: that is a hang."""
         ended, _, _ = select.select([self.gone], [], [], seconds)
         if not ended:
