@@ -236,13 +236,14 @@ class FeatureCaching:
             )  # fmt: skip
             views = iter(loader)
         rounds = range(-(-len(missing) // (world * size)))
-        for _ in self.logbook.progress(rounds, f"features of {name} images"):
-            try:
-                if error is None and (pictures := next(views, None)) is not None:
-                    self._write(dataset.kept.files, pictures)
-            except UserError as raised:  # the others are told when all are here
-                error = raised
-            yield
+        with loader:
+            for _ in self.logbook.progress(rounds, f"features of {name} images"):
+                try:
+                    if error is None and (pictures := next(views, None)) is not None:
+                        self._write(dataset.kept.files, pictures)
+                except UserError as raised:  # the others are told when all are here
+                    error = raised
+                yield
         distributed.agree(error)
         self.logbook.say(
             f"features of {len(missing)} {name} images: {time.monotonic() - started:.1f} s"

@@ -158,7 +158,7 @@ class Loader(DataLoader):
         return self
 
     def __exit__(self, kind, error: BaseException | None, traceback) -> None:
-        said = self._explained(error)
+        said = self._explained(error) if self._iterator is not None else None
         self.close()
         if said:
             raise said from None
@@ -203,15 +203,18 @@ class Loader(DataLoader):
             raise
 
     def _explained(self, error: BaseException | None) -> UserError | None:
-        """Torch's error about loader processes that are gone, as one about these."""
+        """Torch's error about processes of this loader that are gone, with the files they had."""
         match = re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
         if not match:
             return None
         dead = {int(pid) for pid in match[1].split(",")}
-        workers = self._iterator._workers if self._iterator else []
+        workers = [] if self._iterator is None else self._iterator._workers
         # Torch deals batches to its processes in turn.
         turns = {turn for turn, worker in enumerate(workers) if worker.pid in dead}
-        lost = [keys for number, keys in self.batch_sampler.out if number % len(workers) in turns]
+        if workers and not turns:
+            return None  # another loader's
+        out = self.batch_sampler.out if turns else ()
+        lost = [keys for number, keys in out if number % len(workers) in turns]
         files = _shorten([file for keys in lost for file in self.dataset.files_of(keys)])
         return UserError(
             f"a loader process died ({str(error).splitlines()[0].strip()})"
