@@ -215,9 +215,14 @@ def test_a_rank_that_cannot_leave_is_ended_after_another_failed(tmp_path):
 
 def test_a_rank_from_which_nothing_is_heard(tmp_path):
     """Frozen, or on a machine that is gone: no connection breaks, but its signs of life end."""
-    ranks = Ranks(tmp_path, lambda process: hang(), SILENCE=2.0)
-    os.kill(ranks.pid(1), signal.SIGSTOP)
-    deadline = time.monotonic() + 60
+
+    def freeze(process):
+        if process.rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        hang()
+
+    ranks = Ranks(tmp_path, freeze, SILENCE=2.0)
+    deadline = time.monotonic() + 300
     try:
         while ranks.codes[0] is None:
             assert time.monotonic() < deadline, ranks.said

@@ -97,6 +97,7 @@ def test_while_another_rank_moves_nobody_is_stuck(ranks):
     for moves in range(200):
         ranks(0, Activity(moves=moves))
         ranks(1, slow)
+        ranks(2, slow)
     ranks(0, at_step(9))
     with pytest.raises(Bitten, match=str(EXIT_LOST)):
         ranks(0, at_step(9), seconds=61)

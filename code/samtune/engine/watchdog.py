@@ -100,9 +100,9 @@ class Watchdog(AbstractContextManager):
         if heard is None:
             return
         note, failed = heard
-        alive = not note or note["left"] or note["beats"] != self._next_beats
-        self._silent = 0.0 if alive else self._silent + passed
-        self._next_beats = note["beats"] if note else 0
+        beats = note["beats"] if note else 0
+        alive = beats != self._next_beats or (note and note["left"])
+        self._silent, self._next_beats = 0.0 if alive else self._silent + passed, beats
         if self._silent > SILENCE:
             self._end(lambda: self._gone({self._next: note}))
         self._failed = self._failed + passed if failed else 0.0
