@@ -58,6 +58,8 @@ def start(timeout_minutes: float = 60) -> Process:
     for twice as long: rank 0 may be at work that it announces, one piece of it after another.
     Raises UserError if a machine runs more processes than it has GPUs; Lost if not all come.
     """
+    if timeout_minutes <= 0:
+        raise UserError(f"--timeout {timeout_minutes}: must be at least 1 minute")
     rank, world, local_rank = (
         int(os.environ.get(name, default))
         for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
