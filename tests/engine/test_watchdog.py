@@ -134,12 +134,14 @@ def test_who_took_its_leave_is_not_missed(ranks):
 
 
 def test_after_another_rank_failed_there_is_time_to_leave_and_nothing_to_say(ranks, capsys):
-    ranks(0, Activity())
+    ranks(1, Activity())._publish(left=True)
+    ranks(0, Activity()).limit = 1000
     distributed.first_to_fail()
-    for moves in range(30):
+    for moves in range(200):
         ranks(0, Activity(moves=moves))
+    ranks(0, stuck := at_step(7), times=50)
     with pytest.raises(Bitten, match=str(EXIT_LOST)):
-        ranks(0, Activity(moves=99))
+        ranks(0, stuck, times=50)
     assert capsys.readouterr().err == ""
 
 

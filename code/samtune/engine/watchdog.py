@@ -34,7 +34,7 @@ Note = Mapping[str, Any]  # what a rank publishes, see `Watchdog._note`
 
 BEAT = 1.0  # seconds between two looks
 SILENCE = 120.0  # seconds without a sign of the next rank, or of the board: it is gone
-FAREWELL = 30.0  # seconds to leave in after another rank has failed
+FAREWELL = 90.0  # seconds to leave in after another rank has failed; a W&B run may end meanwhile
 ROLL_CALL = 5.0  # seconds in which a rank that lives shows itself
 _ANSWER = 10.0  # seconds that the board, a disk or the terminal may take to answer
 _NAMED_FILES = 8
@@ -106,7 +106,7 @@ class Watchdog(AbstractContextManager):
         if self._silent > SILENCE:
             self._end(lambda: self._gone({self._next: note}))
         self._failed = self._failed + passed if failed else 0.0
-        if self._failed > FAREWELL:  # it has spoken; this rank's main thread cannot leave by itself
+        if min(self._failed, self._still) > FAREWELL:  # it has spoken; this rank cannot leave
             os._exit(EXIT_LOST)
 
     @property
