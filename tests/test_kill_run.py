@@ -15,17 +15,8 @@ from samtune.errors import EXIT_LOST
 
 ROOT = Path(__file__).resolve().parents[1]
 FLAGS = [
-    "--epoch",
-    "10",
-    "--patience",
-    "0",
-    "--batch_size",
-    "1",
-    "--image_size",
-    "64",
-    "--workers",
-    "1",
-]
+    "--epoch", "10", "--patience", "0", "--batch_size", "1", "--image_size", "64", "--workers", "1",
+]  # fmt: skip
 
 
 def start(folder: Path, *flags: str) -> subprocess.Popen:
