@@ -52,8 +52,10 @@ def run() -> int:
         if EXIT_LOST in codes and EXIT_CRASH not in codes:
             return EXIT_LOST
         rank, first = min(error.failures.items(), key=_guilt)
-        print(f"rank {rank} ended with {_describe(first.exitcode)}", file=sys.stderr)
-        if first.exitcode == -signal.SIGKILL:
+        killed = first.exitcode == -signal.SIGKILL
+        hint = ": somebody ended it, or the system for want of memory" if killed else ""
+        print(f"rank {rank} ended with {_describe(first.exitcode)}{hint}", file=sys.stderr)
+        if killed:
             return EXIT_LOST
         return first.exitcode if first.exitcode > 0 else EXIT_CRASH
     except SignalException:
@@ -82,8 +84,6 @@ def _guilt(failure: tuple[int, ProcessFailure]) -> tuple[bool, int]:
 
 
 def _describe(code: int) -> str:
-    if code == -signal.SIGKILL:
-        return "signal SIGKILL: somebody ended it, or the system for want of memory"
     return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
 
 
