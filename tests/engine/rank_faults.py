@@ -52,14 +52,24 @@ _os_exit = os._exit
 
 
 class Ranks:
-    """`world` ranks that run `work`. timeout: minutes, as of --timeout. settings: of `watchdog`."""
+    """`world` ranks that run `work`, one start after another over one store.
+
+    timeout: minutes, as of --timeout. starts: how many there are; `work` of all but the last must
+    end. settings: of `watchdog`.
+    """
 
     def __init__(
-        self, folder: Path, work: Callable[[Process], None], world=2, timeout=5.0, **settings
+        self,
+        folder: Path,
+        work: Callable[[Process], None],
+        world=2,
+        timeout=5.0,
+        starts=1,
+        **settings,
     ):
         folder.mkdir(exist_ok=True)
         self.settings = QUICK | settings
-        self.folder, self.world = folder, world
+        self.folder, self.world, self.starts = folder, world, starts
         self.gone, held = os.pipe()
         self.launcher = _fork(lambda: self._launch(work, timeout))
         os.close(held)
@@ -69,14 +79,16 @@ class Ranks:
         store = dist.TCPStore(
             "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
         )
-        ranks = [
-            _fork(lambda rank=rank: self._be(rank, store.port, work, timeout))
-            for rank in range(self.world)
-        ]
-        (self.folder / "pids.part").write_text(" ".join(map(str, ranks)))
-        (self.folder / "pids.part").rename(self.folder / "pids")
-        for rank in ranks:
-            os.waitpid(rank, 0)
+        for start in range(self.starts):
+            os.environ["TORCHELASTIC_RESTART_COUNT"] = str(start)
+            ranks = [
+                _fork(lambda rank=rank: self._be(rank, store.port, work, timeout))
+                for rank in range(self.world)
+            ]
+            (self.folder / "pids.part").write_text(" ".join(map(str, ranks)))
+            (self.folder / "pids.part").rename(self.folder / "pids")
+            for rank in ranks:
+                os.waitpid(rank, 0)
 
     def _be(self, rank: int, port: int, work, timeout: float) -> None:
         """A rank, from its start to its exit."""

@@ -90,6 +90,27 @@ def test_a_killed_rank(seed, faulty, goes_on):
     goes_on()
 
 
+def test_ranks_that_are_started_again_do_not_wait_for_the_dead(tmp_path, monkeypatch):
+    """torchrun keeps its store, with the addresses of those that were killed, and rank 0 is first
+    to read them."""
+    begin = distributed.start
+
+    def start(timeout):
+        if os.environ["RANK"] == "1":
+            time.sleep(1)
+        return begin(timeout)
+
+    def work(process):
+        distributed.barrier()
+        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            die()
+
+    monkeypatch.setattr(distributed, "start", start)
+    ranks = Ranks(tmp_path, work, starts=2)
+    ranks.wait()
+    assert ranks.codes == [0, 0], ranks.said
+
+
 def test_of_three_ranks_the_killed_one_is_named(tmp_path, pictures):
     """The others lose each other too, and must not be taken for dead."""
     ranks = Ranks(tmp_path, training(tmp_path / "run", pictures, before_step=at(3, 1, die)), 3)

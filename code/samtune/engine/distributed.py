@@ -14,6 +14,7 @@ import os
 import random
 import signal
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -82,14 +84,18 @@ def start(timeout_minutes: float = 60) -> Process:
 def _meet(backend: str, world: int, timeout: timedelta) -> None:
     global _board
     try:
-        dist.init_process_group(backend, timeout=timeout)
-        _board = dist.PrefixStore(
-            f"samtune/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}",
-            dist.TCPStore(
-                os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
-                wait_for_workers=False, timeout=_BOARD_PATIENCE,
-            ),
+        store, rank, _ = next(rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
+        name = _name_of_this_start(store, rank, world, timeout.total_seconds())
+        dist.init_process_group(
+            backend, store=dist.PrefixStore(name, store), rank=rank, world_size=world,
+            timeout=timeout,
         )  # fmt: skip
+        connection = dist.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+            wait_for_workers=False, timeout=_BOARD_PATIENCE,
+        )  # fmt: skip
+        _board = dist.PrefixStore(f"{name} board", connection)
     except RuntimeError as error:
         if not is_broken(error):
             raise
@@ -97,6 +103,30 @@ def _meet(backend: str, world: int, timeout: timedelta) -> None:
             f"the {world} processes of this run did not all meet; is every machine started, with "
             f"the same MASTER_ADDR and MASTER_PORT? ({str(error).splitlines()[0]})"
         ) from None
+
+
+def _name_of_this_start(store: dist.Store, rank: int, world: int, seconds: float) -> str:
+    """Collective. A name that is new and the same on all ranks.
+
+    torchrun starts processes again over the same store, in which those before them left their
+    addresses: who is early would connect to a dead process and wait for it. Nor does its count of
+    restarts tell starts apart: machines count differently. So each rank asks in a name that it has
+    made up, and rank 0 answers each with its own.
+    """
+    mine, deadline = uuid.uuid4().hex, time.monotonic() + seconds
+    if rank > 0:
+        store.set(f"asks {rank}", mine)
+        name = store.get(f"answer to {mine}").decode()  # waits
+        store.add(f"{name} heard", 1)
+        return name
+    while store.add(f"{mine} heard", 0) < world - 1:
+        for other in range(1, world):
+            if store.check([f"asks {other}"]):
+                store.set(f"answer to {store.get(f'asks {other}').decode()}", mine)
+        if time.monotonic() > deadline:
+            raise dist.DistStoreError(f"waited for {seconds:g} s")
+        time.sleep(0.01)
+    return mine
 
 
 def board() -> dist.Store | None:
