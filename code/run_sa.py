@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
@@ -21,9 +22,11 @@ from samtune.errors import (
     EXIT_ABORTED,
     EXIT_CRASH,
     EXIT_INTERRUPTED,
+    EXIT_LOST,
     EXIT_OUT_OF_MEMORY,
     EXIT_USER_ERROR,
     Interrupted,
+    Lost,
     OutOfMemory,
     UserError,
 )
@@ -56,9 +59,9 @@ def main(argv: list[str]) -> int:
         if argv and not argv[0].startswith("-"):
             raise UserError(f"unknown verb {argv[0]!r}; there are {', '.join(VERBS)}")
         RUN[verb](argv)
-    except (UserError, Interrupted) as error:
-        said = f"error: {error}" if isinstance(error, UserError) else str(error)
-        codes = {OutOfMemory: EXIT_OUT_OF_MEMORY, Interrupted: EXIT_INTERRUPTED}
+    except (UserError, Interrupted, Lost) as error:
+        said = str(error) if isinstance(error, Interrupted) else f"error: {error}"
+        codes = {OutOfMemory: EXIT_OUT_OF_MEMORY, Interrupted: EXIT_INTERRUPTED, Lost: EXIT_LOST}
         code = codes.get(type(error), EXIT_USER_ERROR)
     except KeyboardInterrupt:
         said, code = "aborted", EXIT_ABORTED
@@ -210,16 +213,23 @@ class Processes:
     @contextmanager
     def __call__(self, timeout: int = 60):
         from samtune.engine import distributed
+        from samtune.engine.watchdog import Watchdog
 
         process = distributed.start(timeout)
         self.met = True
+        watchdog = Watchdog(process, timeout)
         if process.is_main:
             logging.basicConfig(stream=sys.stdout, format="%(message)s")
             logging.getLogger("samtune").setLevel(logging.INFO)
         try:
-            yield process
-        except Exception:
+            with watchdog:
+                yield process
+        except Exception as error:
+            # torchrun ends all ranks as soon as one has left, also the one that is to speak.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             self.speaks = distributed.first_to_fail()
+            if distributed.is_broken(error):
+                raise Lost(watchdog.account(error) if self.speaks else "") from None
             raise
         distributed.shutdown()
         self.met = False

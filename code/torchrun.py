@@ -20,14 +20,21 @@ from pathlib import Path
 
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher import api
 from torch.distributed.run import parse_args
 from torch.distributed.run import run as launch
 
-from samtune.errors import EXIT_CRASH, EXIT_INTERRUPTED, EXIT_OUT_OF_MEMORY, EXIT_USER_ERROR
+from samtune.errors import (
+    EXIT_ABORTED,
+    EXIT_CRASH,
+    EXIT_INTERRUPTED,
+    EXIT_LOST,
+    EXIT_OUT_OF_MEMORY,
+    EXIT_USER_ERROR,
+)
 
-SAID_BY_THE_WORKER = (EXIT_USER_ERROR, EXIT_OUT_OF_MEMORY, EXIT_INTERRUPTED)
+SAID_BY_THE_WORKER = (EXIT_USER_ERROR, EXIT_OUT_OF_MEMORY, EXIT_INTERRUPTED, EXIT_ABORTED)
 # A worker that was warned when there was nothing to save yet, or no more, dies of the warning.
 FINAL = {*SAID_BY_THE_WORKER, -signal.SIGUSR1}
 
@@ -38,14 +45,13 @@ class Agent(LocalElasticAgent):
     def _monitor_workers(self, worker_group):
         result = super()._monitor_workers(worker_group)
         if result.is_failed():
-            codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
-            if FINAL.intersection(codes.values()):
+            if FINAL.intersection(failure.exitcode for failure in result.failures.values()):
                 self._remaining_restarts = 0
             elif self._remaining_restarts:
-                rank, code = next(iter(codes.items()))
+                rank, first = min(result.failures.items(), key=_guilt)
                 done = worker_group.spec.max_restarts - self._remaining_restarts
                 print(
-                    f"rank {rank} ended with {_describe(code)}: restart {done + 1} of "
+                    f"rank {rank} ended with {_describe(first.exitcode)}: restart {done + 1} of "
                     f"{worker_group.spec.max_restarts}", file=sys.stderr, flush=True,
                 )  # fmt: skip
         return result
@@ -70,8 +76,14 @@ def run() -> int:
                 return code
         if -signal.SIGUSR1 in codes:
             return EXIT_INTERRUPTED
-        rank, first = error.get_first_failure()
-        print(f"rank {rank} ended with {_describe(first.exitcode)}", file=sys.stderr)
+        if EXIT_LOST in codes and EXIT_CRASH not in codes:
+            return EXIT_LOST
+        rank, first = min(error.failures.items(), key=_guilt)
+        killed = first.exitcode == -signal.SIGKILL
+        hint = ": somebody ended it, or the system for want of memory" if killed else ""
+        print(f"rank {rank} ended with {_describe(first.exitcode)}{hint}", file=sys.stderr)
+        if killed:
+            return EXIT_LOST
         return first.exitcode if first.exitcode > 0 else EXIT_CRASH
     except SignalException:
         return EXIT_INTERRUPTED
@@ -90,6 +102,12 @@ def pass_on(number: int, frame) -> None:
         os.kill(int(worker), number)
     if not workers:
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _guilt(failure: tuple[int, ProcessFailure]) -> tuple[bool, int]:
+    """Smaller is likelier the cause: others follow it, or are ended for it."""
+    consequences = (EXIT_LOST, -signal.SIGTERM)
+    return failure[1].exitcode in consequences, failure[1].timestamp
 
 
 def _describe(code: int) -> str:

@@ -9,6 +9,7 @@ CODE = Path(__file__).resolve().parents[1] / "code"
 PACKAGE = CODE / "samtune"
 GROUND = {
     "errors", "structures", "config", "flags", "run_folder", "run_lock", "tensor_files", "threads",
+    "activity",
 }  # fmt: skip
 WINGS = {"models", "data", "metrics", "losses", "engine"}
 VERBS = {

@@ -73,6 +73,9 @@ class _Missing(torch.utils.data.Dataset):
         name = self.dataset.kept.name(self.dataset.view_of(epoch), index)
         return self.dataset.look(epoch, index), name
 
+    def files_of(self, keys: Sequence[tuple[int, int]]) -> list[str]:
+        return [str(self.dataset.pairs[index].image_path) for _, index in keys]
+
 
 def _collate(items: Sequence[tuple]) -> Pictures:
     views, names = zip(*items, strict=True)
@@ -233,13 +236,14 @@ class FeatureCaching:
             )  # fmt: skip
             views = iter(loader)
         rounds = range(-(-len(missing) // (world * size)))
-        for _ in self.logbook.progress(rounds, f"features of {name} images"):
-            try:
-                if error is None and (pictures := next(views, None)) is not None:
-                    self._write(dataset.kept.files, pictures)
-            except UserError as raised:  # the others are told when all are here
-                error = raised
-            yield
+        with loader:
+            for _ in self.logbook.progress(rounds, f"features of {name} images"):
+                try:
+                    if error is None and (pictures := next(views, None)) is not None:
+                        self._write(dataset.kept.files, pictures)
+                except UserError as raised:  # the others are told when all are here
+                    error = raised
+                yield
         distributed.agree(error)
         self.logbook.say(
             f"features of {len(missing)} {name} images: {time.monotonic() - started:.1f} s"

@@ -444,7 +444,11 @@ class RunOptions:
     keep: int = option(
         2, "states to go on from that stay: last.pt, and before it last-1.pt, last-2.pt, ..."
     )
-    timeout: int = option(60, "minutes that a process waits for the others before it gives up")
+    timeout: int = option(
+        60,
+        "minutes in which no process of the run moves on, after which it is ended with a line that "
+        "says which one is behind, at which step and with which files",
+    )
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,13 @@ class Interrupted(Exception):
     """A signal ended the run between two steps; its state was saved and can be resumed."""
 
 
+class Lost(Exception):
+    """Another process of the run is gone without a word, or none of them moves any more."""
+
+
 EXIT_CRASH = 1  # a defect of the program: the traceback is printed
 EXIT_USER_ERROR = 2  # the same code that argparse uses for a wrong flag
 EXIT_OUT_OF_MEMORY = 3
+EXIT_LOST = 4  # a process of the run was killed, or none moved for --timeout minutes
 EXIT_ABORTED = 130  # Ctrl-C outside of training, or twice: nothing was saved
 EXIT_INTERRUPTED = 75  # a signal ended the run after its state was saved: `--resume auto` goes on

@@ -90,12 +90,13 @@ class Bench:
         )  # fmt: skip
         beside = self._beside(prompts)
         results, of_batches = {}, {}
-        for label, model in models.items():
-            shown = (lambda p, b, label=label: look(label, p, b)) if look else None
-            model = model.to(self.process.device)
-            results[label], extra = self._run(label, model, loader, prompts, shown, beside)
-            of_batches |= extra
-            beside = {}  # once is enough: it is about the batches, whichever model answers
+        with loader:
+            for label, model in models.items():
+                shown = (lambda p, b, label=label: look(label, p, b)) if look else None
+                model = model.to(self.process.device)
+                results[label], extra = self._run(label, model, loader, prompts, shown, beside)
+                of_batches |= extra
+                beside = {}  # once is enough: it is about the batches, whichever model answers
         return results | of_batches
 
     def _beside(self, prompts: PromptOptions) -> dict[str, Reading]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from samtune import flags
+from samtune.activity import now
 from samtune.adapters import ADAPTERS
 from samtune.config import BenchmarkConfig, Size, TrainConfig
 from samtune.data.objects import settle_objects
@@ -280,6 +281,7 @@ def run_trial(asked: dict, limit: float) -> Trial:
     """One `benchmark` in a process of its own, which is ended when it holds more than `limit` bytes
     of RAM. Raises UserError with what it says if it fails for another reason than memory.
     """
+    now.turns_to("a trial of the memory that a step takes")
     command = [sys.executable, str(ENTRY), "benchmark"]
     command += [f"--{name}={value}" for name, value in asked.items()]
     alone = {name: v for name, v in os.environ.items() if not name.startswith(_TORCHRUN)}

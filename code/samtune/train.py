@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 
 from samtune import flags
+from samtune.activity import now
 from samtune.adapters import ADAPTERS, build_model
 from samtune.caching import FeatureCaching, check_caching
 from samtune.config import TrainConfig
@@ -92,6 +93,7 @@ def _run(
             scored_sets(config.test, config.read, own, indexes=indexes)
     folder = RunFolder(config.run.output_dir)
     warning = held.enter_context(_occupied(folder, resumed is None, process))
+    now.run = str(folder.path)
     with distributed.together():
         if not config.run.save_every >= 0:
             raise UserError(f"--save_every {config.run.save_every}: must be 0 or more minutes")
@@ -338,7 +340,7 @@ def _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state):
     def explain_slow_data(pace: Pace) -> str:
         return slow_data(pace, train_loader.num_workers, cores_per_process(), image_size, config)
 
-    with closing(train_loader), closing(val_loader):
+    with train_loader, val_loader:
         return trainer.fit(
             plan, make_batches, validate, logbook, saved,
             epochs=run.epoch, best_by=run.best_by, patience=run.patience, resume=state,

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from samtune.activity import now
 from samtune.config import PromptOptions, ReadOptions
 from samtune.data.datasets import SegmentationDataset
 from samtune.data.files import Pair
@@ -128,6 +129,37 @@ def test_a_defect_keeps_its_traceback():
 def test_a_killed_loader_process_is_explained():
     with pytest.raises(UserError, match=r"a loader process died .*--workers"):
         list(make_loader(Deadly(), [[0], [1]], 1))
+
+
+def test_a_killed_loader_process_is_told_with_the_files_it_had_to_read(pairs):
+    """Wherever that is noticed: torch raises it in the midst of what the main thread does.
+
+    Two processes take batches in turn, and each is two ahead.
+    """
+    plan = TrainPlan(len(pairs), 1, 1, rank=0, world=1, seed=3)
+    order = [str(pairs[i].image_path) for i in plan.order(0)]
+    with (
+        pytest.raises(UserError, match=r"a loader process died .*--workers") as caught,
+        make_loader(dataset_of(pairs), plan.batches(0), 2) as loader,
+    ):
+        batches = iter(loader)
+        next(batches)  # the first process has had batch 0; the second one has 1 and 3
+        os.kill(loader._iterator._workers[1].pid, signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert f"which had {order[1]}, {order[3]} to read" in str(caught.value), order
+    assert loader._iterator is None, "it was closed"
+
+
+def test_what_is_read_is_noted(pairs):
+    """By this process, or by one that reads for it."""
+    plan = TrainPlan(len(pairs), 2, 1, rank=0, world=1, seed=3)
+    for workers in (0, 1):
+        with make_loader(dataset_of(pairs), plan.batches(0), workers) as loader:
+            for keys, _ in zip(plan.batches(0), loader, strict=True):
+                assert list(now.files) == [str(pairs[key.index].image_path) for key in keys]
+                assert not now.reads
 
 
 @pytest.mark.parametrize("start_method", ["fork", "forkserver"])

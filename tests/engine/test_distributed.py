@@ -184,6 +184,11 @@ def test_more_processes_than_gpus_is_a_users_mistake(monkeypatch):
         distributed.start()
 
 
+def test_no_time_at_all_is_a_users_mistake():
+    with pytest.raises(UserError, match="--timeout 0"):
+        distributed.start(0)
+
+
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_cudnn_is_deterministic_or_searches_for_speed_never_both(deterministic, monkeypatch):
     """The parent switched both on (defect D17)."""

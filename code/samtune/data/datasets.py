@@ -149,6 +149,10 @@ class SegmentationDataset(torch.utils.data.Dataset):
             kept = [None] * len(keys)
         return [self._item(key, found) for key, found in zip(keys, kept, strict=True)]
 
+    def files_of(self, keys: Sequence[SampleKey]) -> list[str]:
+        """The image files of these samples, for messages."""
+        return [str(self.pairs[key.index].image_path) for key in keys]
+
     def keeping(self, kept: Keeper) -> SegmentationDataset:
         """The same pictures with their features, where `kept` has them."""
         keeping = copy.copy(self)

@@ -10,15 +10,21 @@ loader processes; if those died, the step that the training process wants to fin
 would fail. They start with these signals blocked, and obey a SIGTERM of the training process only.
 
 How they end. They stay from one iteration to the next, so that no epoch starts new ones. `close`
-ends them, also while an iteration is under way; what they had prepared is dropped.
+ends them, also while an iteration is under way; what they had prepared is dropped. They end by
+themselves when the process that started them is gone, also if it was killed: they hold copies of
+its connections, which to others would seem open for as long.
+
+What they read is known to `activity.now`: a batch that never comes can be told by its files.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
@@ -28,11 +34,14 @@ import cv2
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from samtune.activity import now
 from samtune.data.datasets import SampleKey, collate
 from samtune.errors import UserError
 from samtune.structures import Batch
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_GLANCE = 0.5  # seconds between two looks whether the parent lives
+_NAMED_FILES = 8
 _PRELOADED = ["torch.utils.data", "cv2", "PIL.Image", "albumentations"]
 
 
@@ -59,7 +68,7 @@ def make_loader(
         context = multiprocessing.get_context(start_method)
     return Loader(
         _Batches(dataset, collate),
-        batch_sampler=batches,
+        batch_sampler=_Handed(batches),
         num_workers=workers,
         collate_fn=_as_it_is,
         pin_memory=pin_memory,
@@ -92,6 +101,23 @@ def cores_per_process() -> int:
     return max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
+class _Handed:
+    """Batches of keys, and which of them were handed out and are not back yet."""
+
+    def __init__(self, batches: Collection[list[SampleKey]]):
+        self.batches = batches
+        self.out: deque[tuple[int, list[SampleKey]]] = deque()  # with their numbers, oldest first
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        self.out.clear()
+        for numbered in enumerate(self.batches):
+            self.out.append(numbered)
+            yield numbered[1]
+
+
 class _Batches(Dataset):
     """Whole batches; a UserError is handed over as a value, for torch would wrap what is raised."""
 
@@ -102,19 +128,40 @@ class _Batches(Dataset):
         return len(self.dataset)
 
     def __getitems__(self, keys: list[SampleKey]) -> Batch | UserError:
+        files = self.files_of(keys)
         try:
-            if hasattr(self.dataset, "__getitems__"):  # torch's name for a batch at once
-                return self.collate(self.dataset.__getitems__(keys))
-            return self.collate([self.dataset[key] for key in keys])
+            with now.reading(files):
+                if hasattr(self.dataset, "__getitems__"):  # torch's name for a batch at once
+                    return self.collate(self.dataset.__getitems__(keys))
+                return self.collate([self.dataset[key] for key in keys])
         except UserError as error:
             return error
+        except Exception as error:
+            if files:
+                error.args = (f"{error} (while reading {_shorten(files)})",)
+            raise
+
+    def files_of(self, keys: Sequence) -> list[str]:
+        """The images of these samples, as far as the dataset knows them."""
+        return self.dataset.files_of(keys) if hasattr(self.dataset, "files_of") else []
 
 
 class Loader(DataLoader):
     """Raises the errors that `_Batches` hands over, and says why a loader process died.
 
-    `contextlib.closing` ends its processes with the work; else they end with the loader.
+    With `with`, its processes end with the work, and the death of one is explained wherever it is
+    noticed: torch raises it in the midst of whatever the main thread does. Without, they end with
+    the loader.
     """
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, kind, error: BaseException | None, traceback) -> None:
+        said = self._explained(error) if self._iterator is not None else None
+        self.close()
+        if said:
+            raise said from None
 
     def close(self) -> None:
         """End the loader processes, whatever they are at. Iterating again starts new ones."""
@@ -127,34 +174,59 @@ class Loader(DataLoader):
             os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it asks the network on import
             self.multiprocessing_context.set_forkserver_preload(_PRELOADED)
             resource_tracker.ensure_running()  # it unblocks signals when it starts
-        with _stop_signals_blocked(), _death_explained():
+        with _stop_signals_blocked(), self._death_explained():
             batches = super().__iter__()
         return self._checked(batches)
 
     def _checked(self, batches: Iterator) -> Iterator[Batch]:
+        handed = self.batch_sampler.out
         while True:
             try:
-                with _death_explained():
+                # Without processes the batch is yet to be chosen: `_Batches` names its files.
+                files = self.dataset.files_of(handed[0][1]) if handed else ()
+                with now.reading(files), self._death_explained():
                     batch = next(batches)
             except StopIteration:
                 return
+            handed.popleft()
             if isinstance(batch, UserError):
                 raise batch
             yield batch
 
-
-@contextmanager
-def _death_explained():
-    """Turn torch's error about a loader process that is gone into a UserError."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    @contextmanager
+    def _death_explained(self):
+        try:
+            yield
+        except RuntimeError as error:
+            if said := self._explained(error):
+                raise said from None
             raise
-        raise UserError(
-            f"a loader process died ({str(error).splitlines()[0]}); if memory or shared memory "
-            "(/dev/shm) is short, lower --workers, or --workers 0 for none"
-        ) from None
+
+    def _explained(self, error: BaseException | None) -> UserError | None:
+        """Torch's error about processes of this loader that are gone, with the files they had."""
+        match = re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
+        if not match:
+            return None
+        dead = {int(pid) for pid in match[1].split(",")}
+        workers = [] if self._iterator is None else self._iterator._workers
+        # Torch deals batches to its processes in turn.
+        turns = {turn for turn, worker in enumerate(workers) if worker.pid in dead}
+        if workers and not turns:
+            return None  # another loader's
+        out = self.batch_sampler.out if turns else ()
+        lost = [keys for number, keys in out if number % len(workers) in turns]
+        files = _shorten([file for keys in lost for file in self.dataset.files_of(keys)])
+        return UserError(
+            f"a loader process died ({str(error).splitlines()[0].strip()})"
+            + (f", which had {files} to read" if files else "")
+            + "; if memory or shared memory (/dev/shm) is short, lower --workers, or --workers 0 "
+            "for none"
+        )
+
+
+def _shorten(files: Sequence[str]) -> str:
+    more = len(files) - _NAMED_FILES
+    return ", ".join(files[:_NAMED_FILES]) + (f" and {more} more" if more > 0 else "")
 
 
 @contextmanager
@@ -173,13 +245,17 @@ def _start_worker(_: int) -> None:
 
 
 def _end_when_told_by_parent() -> None:
-    """End this process at a SIGTERM whose sender is the process that uses the loader.
+    """End this process at a SIGTERM whose sender is the process that uses the loader, or when that
+    is gone.
 
-    That is how multiprocessing ends what is left over when a program exits; it then waits for it.
+    The first is how multiprocessing ends what is left over when a program exits; it then waits for
+    it. A killed parent leaves its children to another process; a fork server ends with its owner.
     """
-    parent = multiprocessing.parent_process().pid
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
+    parent, born_of = multiprocessing.parent_process().pid, os.getppid()
+    while os.getppid() == born_of:
+        told = signal.sigtimedwait({signal.SIGTERM}, _GLANCE)
+        if told and told.si_pid == parent:
+            break
     os._exit(0)
 
 

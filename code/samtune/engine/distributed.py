@@ -14,6 +14,7 @@ import os
 import random
 import signal
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -25,12 +26,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from samtune.errors import UserError
+from samtune.activity import now
+from samtune.errors import Lost, UserError
 
 _REPEATED_SECONDS = 1.0  # two signals closer than this are one Ctrl-C, told twice by torchrun
+_BOARD_PATIENCE = timedelta(seconds=60)
+_board: dist.Store | None = None
 
 
 @dataclass(frozen=True)
@@ -51,9 +56,12 @@ class Process:
 def start(timeout_minutes: float = 60) -> Process:
     """Join the processes that torchrun started, or be the only one.
 
-    timeout_minutes: how long a collective waits for the other ranks before it gives up.
-    Raises UserError if a machine runs more processes than it has GPUs.
+    timeout_minutes: after which `watchdog` ends a run in which nothing moves. A collective waits
+    for twice as long: rank 0 may be at work that it announces, one piece of it after another.
+    Raises UserError if a machine runs more processes than it has GPUs; Lost if not all come.
     """
+    if timeout_minutes <= 0:
+        raise UserError(f"--timeout {timeout_minutes}: must be at least 1 minute")
     rank, world, local_rank = (
         int(os.environ.get(name, default))
         for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
@@ -69,12 +77,76 @@ def start(timeout_minutes: float = 60) -> Process:
         torch.cuda.set_device(device)
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+        _meet(backend, world, timedelta(minutes=2 * timeout_minutes + 1))
     return Process(rank, world, local_rank, device)
+
+
+def _meet(backend: str, world: int, timeout: timedelta) -> None:
+    global _board
+    try:
+        store, rank, _ = next(rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
+        name = _name_of_this_start(store, rank, world, timeout.total_seconds())
+        dist.init_process_group(
+            backend, store=dist.PrefixStore(name, store), rank=rank, world_size=world,
+            timeout=timeout,
+        )  # fmt: skip
+        connection = dist.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+            wait_for_workers=False, timeout=_BOARD_PATIENCE,
+        )  # fmt: skip
+        _board = dist.PrefixStore(f"{name} board", connection)
+    except RuntimeError as error:
+        if not is_broken(error):
+            raise
+        raise Lost(
+            f"the {world} processes of this run did not all meet; is every machine started, with "
+            f"the same MASTER_ADDR and MASTER_PORT? ({str(error).splitlines()[0]})"
+        ) from None
+
+
+def _name_of_this_start(store: dist.Store, rank: int, world: int, seconds: float) -> str:
+    """Collective. A name that is new and the same on all ranks.
+
+    torchrun starts processes again over the same store, in which those before them left their
+    addresses: who is early would connect to a dead process and wait for it. Nor does its count of
+    restarts tell starts apart: machines count differently. So each rank asks in a name that it has
+    made up, and rank 0 answers each with its own.
+    """
+    mine, deadline = uuid.uuid4().hex, time.monotonic() + seconds
+    if rank > 0:
+        store.set(f"asks {rank}", mine)
+        name = store.get(f"answer to {mine}").decode()  # waits
+        store.add(f"{name} heard", 1)
+        return name
+    while store.add(f"{mine} heard", 0) < world - 1:
+        for other in range(1, world):
+            if store.check([f"asks {other}"]):
+                store.set(f"answer to {store.get(f'asks {other}').decode()}", mine)
+        if time.monotonic() > deadline:
+            raise dist.DistStoreError(f"waited for {seconds:g} s")
+        time.sleep(0.01)
+    return mine
+
+
+def board() -> dist.Store | None:
+    """Where ranks leave notes for each other, by a connection that any thread may use; None where
+    there is one process. What is asked of it raises RuntimeError where the others are gone."""
+    return _board
+
+
+def is_broken(error: BaseException) -> bool:
+    """Whether this is what a rank sees of another one's end, or of a wait that took too long."""
+    signs = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    )
 
 
 def shutdown() -> None:
     """Leave the process group. Not collective: a failing rank may call it alone."""
+    global _board
+    _board = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -85,12 +157,12 @@ def first_to_fail() -> bool:
     When a rank fails, the others see only broken connections, whose tracebacks would bury the
     cause. Call this before `shutdown`. Not collective.
     """
-    if not dist.is_initialized():
+    if _board is None:
         return True
     try:
-        return dist.distributed_c10d._get_default_store().add("samtune/failed", 1) == 1
-    except (RuntimeError, ValueError):  # the store went down with another rank
-        return False
+        return _board.add("failed", 1) == 1
+    except RuntimeError:  # it went down with the launcher, or with a rank that has spoken
+        return dist.get_rank() == 0
 
 
 def seed_everything(seed: int, rank: int = 0, deterministic: bool = False) -> None:
@@ -109,6 +181,7 @@ def seed_everything(seed: int, rank: int = 0, deterministic: bool = False) -> No
     torch.backends.cudnn.benchmark = not deterministic
 
 
+@now.waiting()
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Collective. The sum over all ranks, on every rank; `tensor` itself stays as it is."""
     total = tensor.detach().clone()
@@ -117,6 +190,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return total
 
 
+@now.waiting()
 def gather_objects(value: Any) -> list | None:
     """Collective. Every rank's picklable `value` in the order of ranks on rank 0, else None."""
     if not dist.is_initialized():
@@ -126,6 +200,7 @@ def gather_objects(value: Any) -> list | None:
     return values
 
 
+@now.waiting()
 def all_gather_objects(value: Any) -> list:
     """Collective. Every rank's picklable `value` in the order of ranks, on every rank."""
     if not dist.is_initialized():
@@ -135,6 +210,7 @@ def all_gather_objects(value: Any) -> list:
     return values
 
 
+@now.waiting()
 def broadcast_object(value: Any) -> Any:
     """Collective. Rank 0's `value`, on every rank."""
     if not dist.is_initialized():
@@ -144,6 +220,7 @@ def broadcast_object(value: Any) -> Any:
     return holder[0]
 
 
+@now.waiting()
 def barrier() -> None:
     """Collective. Wait until every rank is here; says nothing about work queued on a GPU."""
     if dist.is_initialized():
@@ -421,9 +498,12 @@ class StopSignal(AbstractContextManager):
             self._previous[number] = signal.signal(number, self._receive)
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, kind, error: BaseException | None, traceback) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if error is not None and is_broken(error):
+            # torchrun ends all ranks when one is gone; who saw it go is to say so first.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def _receive(self, number: int, frame) -> None:
         self._requested = True
@@ -464,5 +544,6 @@ class StopSignal(AbstractContextManager):
             return False, False
         work, flags = self._pending
         self._pending = None
-        work.wait()
+        with now.waiting():
+            work.wait()
         return bool(flags[0]), bool(flags[1])

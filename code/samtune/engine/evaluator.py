@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from samtune.activity import now
 from samtune.engine import distributed
 from samtune.engine.distributed import Process
 from samtune.engine.optim import autocast, resolve_precision
@@ -109,6 +110,7 @@ class Evaluator:
         names, ids, table, waiting, prompt, counts = [], [], [], [], None, None
         with _eval_mode(self.model):
             for batch in loader:
+                now.moves += 1  # also where no bar tells how far it is
                 prompt = batch.told or _prompt_of(batch.prompts)
                 ids += _row_ids(batch)  # before the copy: reading a GPU tensor would wait for it
                 for prediction, part, real in self._predict(batch):

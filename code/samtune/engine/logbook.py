@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
+from samtune.activity import now
 from samtune.config import LogOptions
 from samtune.engine import records
 from samtune.engine.distributed import Process
@@ -88,6 +89,7 @@ class Logbook:
 
     def _tell(self, record: dict[str, Any]) -> dict[str, Any]:
         """To file, console and W&B; returns the record as it was written."""
+        now.turns_to("telling an epoch or a step")
         record = records.plain(record if self.prompt is None else record | {"prompt": self.prompt})
         records.append(self.folder / "metrics.jsonl", record)
         self.say(records.in_words(record, self.epochs))
@@ -99,6 +101,7 @@ class Logbook:
         """Draw `curves.png` from all records so far; a failure is a warning, not the run's end."""
         if not (self.is_main and self.records):
             return
+        now.turns_to("drawing curves.png")
         prompt = f", prompt: {self.prompt}" if self.prompt is not None else ""
         try:
             draw_curves(self.records, self.folder / "curves.png", self.folder.name + prompt)
@@ -110,6 +113,7 @@ class Logbook:
         """Draw the curves and finish the W&B run; waits at most a minute for its upload."""
         self.curves()
         if self._wandb:
+            now.turns_to("ending the run of Weights & Biases")
             self._wandb.finish()
 
 
@@ -123,9 +127,10 @@ class Progress:
     ):
         self.work = range(work) if isinstance(work, int) else work
         self.total = len(self.work) if hasattr(self.work, "__len__") else None
-        self.description, self.say = description, say
+        self.description, self.unit, self.say = description, unit, say
         self.done, self._told = 0, 0
         self._start = self._last_line = time.monotonic()
+        now.begins(f"{description}: {unit} 0 of {self.total}")
         self._bar = None
         if say and sys.stderr.isatty():
             self._bar = tqdm(
@@ -140,6 +145,7 @@ class Progress:
 
     def update(self, count: int) -> None:
         self.done += count
+        now.reaches(self.done, f"{self.description}: {self.unit} {self.done} of {self.total}")
         if self._bar:
             self._bar.update(count)
         elif self.say and self.total:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from samtune.activity import now
 from samtune.engine import distributed
 from samtune.engine.checkpoint import (
     Checkpoints,
@@ -114,6 +115,9 @@ class Trainer:
         over ranks, hence the factor `world`: the gradient equals that of one process with the
         joined batch, however unevenly the samples are dealt.
         """
+        now.reaches(
+            self.progress.step, f"step {self.steps_done + 1} (epoch {self.progress.epoch + 1})"
+        )
         scale = self.process.world / global_count
         seen = []
         for batch, is_last in _mark_last(micro_batches):
