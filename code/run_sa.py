@@ -32,6 +32,7 @@ from samtune.run_folder import to_resume
 
 VERBS = {
     "train": "train SAM with an adapter (the default); scores it if there are test images",
+    "check": "look at all images and masks before training, with the flags of train, and report",
     "evaluate": "score a trained run, beside the untuned SAM",
     "import": "turn a published checkpoint, or the parent's, into a run",
     "merge": "fold a trained adapter into a stock SAM's weights, where that is possible",
@@ -100,6 +101,15 @@ def train(argv: list[str]) -> None:
             score(c.EvaluateConfig(scored, done.test, done.read, done.loader, given), process)
         if process.is_main and not config.data.named:
             print(NEXT_STEPS, flush=True)
+
+
+def check(argv: list[str]) -> None:
+    """Look at the data that a training would read."""
+    config, _ = read(c.CheckConfig, "check", argv)
+    with processes(config.run.timeout) as process:
+        from samtune.checking import run
+
+        run(config, process)
 
 
 def evaluate(argv: list[str]) -> None:
@@ -262,10 +272,12 @@ GROUPS = {
     "run": c.RunOptions,
     "log": c.LogOptions,
     "benchmark": c.BenchmarkOptions,
+    "check": c.CheckOptions,
     "source": c.ImportOptions,
 }
 RUN = {
     "train": train,
+    "check": check,
     "evaluate": evaluate,
     "import": import_,
     "merge": merge,
