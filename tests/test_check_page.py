@@ -49,7 +49,7 @@ def facts(id, things=1, **more) -> Facts:
 
 
 def split(*of_files, name="training", read=None) -> Split:
-    return Split(name, [], of_files, read or ReadOptions(objects="mask"), Size(64, 64))
+    return Split(name, [], of_files, read or ReadOptions(objects="mask"), Size(32, 32))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from html import escape
 import numpy as np
 
 from samtune.check_sheet import Tile
-from samtune.data.findings import ERROR, FACT, WARNING, Finding, Split, covers
+from samtune.data.findings import ERROR, FACT, WARNING, Finding, Split, covers, printable
 from samtune.pictures import jpeg
 
 _LISTED = 100  # examples of a finding; check.json has more
@@ -49,13 +49,17 @@ class Html(str):
 def tag(name: str, /, *children: str, **attributes: object) -> Html:
     """An element. `class_` and the like stand for names that Python keeps; `_` within is `-`."""
     said = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{escape(str(value))}"'
+        f' {key.rstrip("_").replace("_", "-")}="{_text(str(value))}"'
         for key, value in attributes.items()
     )
     if name in _VOID:
         return Html(f"<{name}{said}>")
-    inside = "".join(child if isinstance(child, Html) else escape(child) for child in children)
+    inside = "".join(child if isinstance(child, Html) else _text(child) for child in children)
     return Html(f"<{name}{said}>{inside}</{name}>")
+
+
+def _text(text: str) -> str:
+    return escape(printable(text))
 
 
 def page(

@@ -29,6 +29,7 @@ from samtune.data.findings import (
     Split,
     covers,
     findings_of,
+    printable,
 )
 from samtune.data.guesses import guess
 from samtune.data.images import parse_range
@@ -125,7 +126,7 @@ def _report(
     findings += leaks_between(splits)
     sizes = [one.size for one in splits[0].facts]
     memory = _memory(config, splits[0].frame, sizes, findings)
-    findings = sorted(map(_printable, findings), key=lambda found: LEVELS.index(found.level))
+    findings = sorted(map(_cleaned, findings), key=lambda found: LEVELS.index(found.level))
     counts = Counter(found.level for found in findings)
     tiles = draw_tiles(
         splits, config.check.pictures, config.run.seed, config.prompts.prompt,
@@ -169,8 +170,8 @@ def _about(config: CheckConfig, splits: Sequence[Split]) -> list[tuple[str, str]
     """What was looked at, name and value."""
     counts = ", ".join(f"{len(split.facts)} {split.name}" for split in splits)
     return [
-        ("pairs", _clean(counts)),
-        ("training data", _clean(" ".join(said_of(config.data).split()))),
+        ("pairs", printable(counts)),
+        ("training data", printable(" ".join(said_of(config.data).split()))),
         ("model", f"{config.model.adapter} on {config.model.model_type}"),
         ("frame", f"{splits[0].frame} px, --resize {config.read.resize}"),
         ("prompt", config.prompts.prompt),
@@ -236,15 +237,10 @@ def _in_words(splits: Sequence[Split], findings: Sequence[Finding]) -> list[str]
             lines += [f"      {example}" for example in told]
             if told and finding.count > len(told):
                 lines.append(f"      and {finding.count - len(told)} more")
-    return [_clean(line) for line in lines]
+    return [printable(line) for line in lines]
 
 
-def _printable(finding: Finding) -> Finding:
-    """Names of files may hold anything; consoles and files of text may not."""
+def _cleaned(finding: Finding) -> Finding:
     return finding._replace(
-        text=_clean(finding.text), examples=tuple(map(_clean, finding.examples))
+        text=printable(finding.text), examples=tuple(map(printable, finding.examples))
     )
-
-
-def _clean(text: str) -> str:
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -45,7 +45,7 @@ def test_pictures_on_both_sides():
     found = leaks_between(splits(train, [facts("v", b"2")], [facts("t", b"2"), facts("u", b"3")]))
     shared = [one for one in found if one.kind == "shared_pictures"]
     assert [one.count for one in shared] == [1, 2, 1]  # train-val, train-test, val-test
-    assert shared[1].text.startswith("2 pictures of test are in training too, pixel by pixel")
+    assert shared[1].text.startswith("training and test share 2 picture(s), pixel by pixel")
     assert shared[1].examples == (
         "training b = validation v = test t", "training c = test u",
     )  # fmt: skip
@@ -139,4 +139,4 @@ def test_classes_that_training_never_shows():
         "unseen_classes"
     ]
     assert found.level == WARNING and found.split == "validation"
-    assert found.text == "classes that training never shows: car (1 pictures)"
+    assert found.text == "classes that training never shows: car (in 1)"

@@ -263,6 +263,11 @@ def covers(one: Facts) -> np.ndarray:
     return one.boxes[:, 4] / max(1, one.size[0] * one.size[1])
 
 
+def printable(text: str) -> str:
+    """Text for consoles and pages: names of files may hold what steers a terminal."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def _span(numbers: Sequence[float]) -> str:
     low, high = min(numbers), max(numbers)
     return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"

@@ -56,16 +56,17 @@ def duplicates(splits: Sequence[Split]) -> Iterator[Finding]:
     several = same_pictures(splits)
     for name, other in combinations([split.name for split in splits], 2):
         shared = [g for g in several if {name, other} <= {place.split for place in g}]
-        what = (
-            f"pictures of {other} are in {name} too, pixel by pixel: their scores say what is "
-            "remembered, not what was learned; take them out of one side"
+        text = (
+            f"{name} and {other} share {len(shared)} picture(s), pixel by pixel: scores on them "
+            "say what is remembered, not what was learned; take them out of one side"
         )
-        yield from _finding("shared_pictures", shared, what)
+        yield from _finding("shared_pictures", shared, text)
     within = [g for g in several if len({place.split for place in g}) < len(g)]
-    yield from _finding("repeated_pictures", within, "pictures occur more than once in a split")
+    text = f"{len(within)} picture(s) occur more than once in a split"
+    yield from _finding("repeated_pictures", within, text)
     differing = [group for group in several if disagree(group)]
-    what = "pictures occur with different masks, which cannot all be right"
-    yield from _finding("contradicting_masks", differing, what)
+    text = f"{len(differing)} picture(s) occur with different masks, which cannot all be right"
+    yield from _finding("contradicting_masks", differing, text)
 
 
 def same_pictures(splits: Sequence[Split]) -> list[list[Place]]:
@@ -83,10 +84,10 @@ def disagree(group: list[Place]) -> bool:
     return len({place.facts.truth for place in group if place.facts.truth}) > 1
 
 
-def _finding(kind: str, groups: list[list[Place]], what: str) -> Iterator[Finding]:
+def _finding(kind: str, groups: list[list[Place]], text: str) -> Iterator[Finding]:
     if groups:
         examples = tuple(" = ".join(map(str, group[:4])) for group in groups[:MOST_EXAMPLES])
-        yield Finding(WARNING, kind, "", f"{len(groups)} {what}", examples, len(groups))
+        yield Finding(WARNING, kind, "", text, examples, len(groups))
 
 
 def other_classes(splits: Sequence[Split]) -> Iterator[Finding]:
@@ -97,7 +98,7 @@ def other_classes(splits: Sequence[Split]) -> Iterator[Finding]:
             continue
         names = class_names(split.read)
         unseen = [
-            f"{names[i]} ({split.classes.images[i]} pictures)"
+            f"{names[i]} (in {split.classes.images[i]})"
             for i in range(split.read.num_classes)
             if split.classes.images[i] and not taught.classes.images[i]
         ]

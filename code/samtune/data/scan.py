@@ -93,8 +93,8 @@ class ScanReport:
         repeated = [(count, first) for count, first in self.pictures.values() if count > 1]
         if repeated:
             lines.append(
-                f"{len(repeated)} pictures occur more than once, {repeated[0][0]} times "
-                f"{repeated[0][1]} for example"
+                f"{len(repeated)} picture(s) occur more than once, {repeated[0][1]} for example "
+                f"{repeated[0][0]} times"
             )
         if self.foreground and self.foreground_fraction > _MOSTLY_FOREGROUND:
             other = "below" if self.foreground == "above" else "above"
@@ -138,8 +138,8 @@ class SeenPictures:
         if shared:
             _, example = report.pictures[shared[0]]
             lines.append(
-                f"{len(shared)} pictures are the same, pixel by pixel, as others before ({example} "
-                f"is {self.known[shared[0]]}): scores on them say what is remembered, not what was "
+                f"{len(shared)} picture(s) are also elsewhere, pixel by pixel ({example} is "
+                f"{self.known[shared[0]]}): scores on them say what is remembered, not what was "
                 "learned; take them out of one side"
             )
         for digest, (_, first) in report.pictures.items():
