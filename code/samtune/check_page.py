@@ -19,6 +19,7 @@ from samtune.pictures import jpeg
 _LISTED = 100  # examples of a finding; check.json has more
 _BINS = 24
 _MOST_CLASSES = 60
+_BAR = "#1f6feb"
 _VOID = {"meta", "img"}
 _HEADINGS = {ERROR: "Errors", WARNING: "Warnings", FACT: "Facts"}
 _STYLE = """
@@ -26,17 +27,16 @@ _STYLE = """
 body { font: 16px/1.45 system-ui, sans-serif; max-width: 68rem; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2rem; } h3 { font-size: 1rem; }
 .verdict { padding: .6rem .9rem; border-left: .4rem solid #2da44e; background: var(--soft); }
-.error { border-color: #d1242f; } .warning { border-color: #bf8700; } .fact { border-color: #8886; }
 .finding { border-left: .3rem solid; padding: .1rem .8rem; margin: .6rem 0; overflow-wrap: anywhere; }
+.error { border-color: #d1242f; } .warning { border-color: #bf8700; } .fact { border-color: #8886; }
 .finding p { margin: .2rem 0; } ul { margin: .2rem 0; padding-left: 1.2rem; }
-li, figcaption, td, th { font-size: .85rem; overflow-wrap: anywhere; }
+li, figcaption, td, th { font-size: .85em; overflow-wrap: anywhere; }
 table { border-collapse: collapse; } td, th { padding: .15rem .7rem .15rem 0; text-align: left; }
 td { font-variant-numeric: tabular-nums; }
 .charts { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(16rem, 1fr)); }
 .sheet { display: grid; gap: .6rem; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); }
 figure { margin: 0; break-inside: avoid; } figure img { width: 100%; height: auto; }
-svg { width: 100%; height: auto; } svg text { font: 10px system-ui, sans-serif; fill: currentColor; }
-svg .bar { fill: #1f6feb; } svg .axis { stroke: currentColor; stroke-opacity: .5; }
+svg { width: 100%; max-width: 26rem; height: auto; }
 @media print { body { max-width: none; font-size: 11px; } .sheet { grid-template-columns: repeat(5, 1fr); } }
 """  # noqa: E501
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -144,19 +144,21 @@ def histogram(title: str, numbers: np.ndarray) -> Html:
     if not len(numbers):
         return Html("")
     low, high = numbers.min(), numbers.max()
-    edges = np.geomspace(low, max(high, low * 1.1) * 1.0001, _BINS + 1)
+    if low == high:
+        return tag("figure", tag("figcaption", f"{title}: {low:.3g} in all of {len(numbers)}"))
+    edges = np.geomspace(low, high * 1.0001, _BINS + 1)
     counts, _ = np.histogram(numbers, edges)
     wide, tall = 320 / _BINS, 90 / max(1, counts.max())
     shapes = [
-        tag("rect", class_="bar", x=f"{i * wide:.1f}", y=f"{100 - count * tall:.1f}",
+        tag("rect", fill=_BAR, x=f"{i * wide:.1f}", y=f"{100 - count * tall:.1f}",
             width=f"{wide - 1:.1f}", height=f"{count * tall:.1f}")
         for i, count in enumerate(counts.tolist()) if count
     ]  # fmt: skip
-    shapes.append(tag("line", class_="axis", x1=0, x2=320, y1=100, y2=100))
+    shapes.append(tag("line", stroke="currentColor", x1=0, x2=320, y1=100, y2=100))
     for x, anchor, value in ((0, "start", low), (160, "middle", edges[_BINS // 2]),
                              (320, "end", high)):  # fmt: skip
-        shapes.append(tag("text", f"{value:.3g}", x=x, y=113, text_anchor=anchor))
-    shapes.append(tag("text", f"most: {counts.max()}", x=320, y=8, text_anchor="end"))
+        shapes.append(_words(f"{value:.3g}", x=x, y=113, text_anchor=anchor))
+    shapes.append(_words(f"most: {counts.max()}", x=320, y=8, text_anchor="end"))
     return _figure(title, 116, shapes)
 
 
@@ -164,12 +166,16 @@ def bars(title: str, rows: Iterable[tuple[str, float, str]]) -> Html:
     """A bar for each row: label, length from 0 to 1, and what it says."""
     shapes, y = [], 0
     for label, length, said in rows:
-        shapes.append(tag("text", label, x=0, y=y + 10))
-        shapes.append(tag("text", said, x=320, y=y + 10, text_anchor="end"))
+        shapes.append(_words(label, x=0, y=y + 10))
+        shapes.append(_words(said, x=320, y=y + 10, text_anchor="end"))
         width = f"{320 * length:.1f}"
-        shapes.append(tag("rect", class_="bar", x=0, y=y + 13, width=width, height=5))
+        shapes.append(tag("rect", fill=_BAR, x=0, y=y + 13, width=width, height=5))
         y += 24
     return _figure(title, y, shapes)
+
+
+def _words(text: str, **place: object) -> Html:
+    return tag("text", text, font_size=10, fill="currentColor", **place)
 
 
 def _figure(title: str, height: int, shapes: Sequence[Html]) -> Html:

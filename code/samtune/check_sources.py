@@ -128,7 +128,7 @@ def unpaired(name: str, error: Unpaired) -> Finding:
                 break
     count = len(error.images) + len(error.masks)
     text = (
-        f"{len(error.images)} images have no mask and {len(error.masks)} masks no image; "
+        f"{len(error.images)} image(s) have no mask and {len(error.masks)} mask(s) no image; "
         f"{len(error.pairs)} pairs are complete"
     )
     return Finding(ERROR, "unpaired", name, text, tuple(lines[:MOST_EXAMPLES]), count)

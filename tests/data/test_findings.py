@@ -71,7 +71,7 @@ def test_a_refused_split_is_told_what_its_values_suggest():
         facts(values=IDS._replace(counts={0: 9, 1: 1, 2: 4}, distinct=3), problems=("x",))
     )
     assert result["coding"].level == WARNING
-    assert "they suggest --num_classes 3" in result["coding"].text
+    assert "; --num_classes 3 fits what they hold" in result["coding"].text
 
 
 def test_files_of_two_tools_are_suspicious():
@@ -95,6 +95,19 @@ def test_an_object_like_a_background(share, border, level):
         assert "another --mask_coding" in found(*masks, read=coded)["polarity"].text
         half = masks[:5] + [facts(f"n{i}") for i in range(5)]
         assert "polarity" not in found(*half)
+
+
+@pytest.mark.parametrize(("number", "border", "told"), [(1, 1.0, True), (1, 0.6, False),
+                                                        (4, 1.0, False)])  # fmt: skip
+def test_single_masks_that_are_inverted(number, border, told):
+    """One of ten with the whole border as object; if four are so, objects are just large."""
+    odd = [facts(f"{i}", pixels={0: 96, 1: 4000}, border=border) for i in range(number)]
+    result = found(*odd, *(facts(f"n{i}") for i in range(10 - number)))
+    assert ("polarity" in result) == told
+    if told:
+        assert result["polarity"].text.startswith("1 of 10 masks") and "unlike the others" in str(
+            result["polarity"]
+        )
 
 
 def test_empty_masks():

@@ -73,6 +73,7 @@ def test_kinds_of_mask_files(array, kind):
         ([BINARY * 38, BINARY * 0], "object", "--mask_threshold 19"),
         ([SOFT, BINARY * 255], "object", "--mask_threshold 128"),
         ([IDS, BINARY], "classes", "--num_classes 5"),
+        ([IDS, BINARY, BINARY * 255], "classes", "--num_classes 5"),  # 255 is ignored
         ([NUMBERS], "instances", "--objects instance"),
         ([DRAWN, DRAWN[::-1]], "classes", '--class_colours "255,0,0;0,0,0;0,0,255"'),
     ],

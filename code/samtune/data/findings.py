@@ -36,7 +36,8 @@ MOST_EXAMPLES = 1000  # that a finding keeps
 DECODER_CELL = 4  # pixels of the frame that one number of SAM's mask logits answers for
 _WHOLE = 0.99  # of the picture: an object that is no object
 _INVERTED = 0.5  # of the picture and of its border: more looks like background
-_NEARLY_ALL = 0.8
+_ALL_AROUND = 0.95  # of the border, by an object that leaves out what lies in the middle
+_NEARLY_ALL, _FEW = 0.8, 0.2  # of the masks
 _QUANTILES = (0.05, 0.5, 0.95)
 
 
@@ -178,8 +179,8 @@ def coding(split: Split) -> Iterator[Finding]:
     if why := contradiction(found, split.facts, split.read):
         text += f": {why}"
     elif refused and found.flags and coding_of(split.read) is None:
-        text += f", and they suggest {found.flags}"
-    elif kinds[BITS] and kinds[WIDE]:
+        text += f"; {found.flags} fits what they hold"
+    elif kinds[BITS] and kinds[WIDE] and split.read.num_classes < 2:
         text += f": files of {BITS} beside files of {WIDE} are perhaps from two tools"
     else:
         level = FACT
@@ -190,7 +191,14 @@ def polarity(split: Split) -> Iterator[Finding]:
     """Whether the object looks like a background, in nearly all masks that show one."""
     shown = [one for one in split.usable if one.share]
     inverted = [one for one in shown if split.looks_inverted(one)]
-    if not inverted or len(inverted) < _NEARLY_ALL * len(shown):
+    if len(inverted) < _NEARLY_ALL * len(shown):
+        unlike = [f for f in inverted if f.border > _ALL_AROUND and not split.covers_all(f)]
+        if len(unlike) <= _FEW * len(shown):  # where they are many, objects are just large
+            what = (
+                "masks show an object that is most of the picture and nearly all of its border, "
+                "unlike the others: are they inverted?"
+            )
+            yield from of_some(WARNING, "polarity", split, unlike, what)
         return
     side = "below" if split.read.foreground == "above" else "above"
     advice = "say another --mask_coding"

@@ -88,7 +88,7 @@ def guess(facts: Sequence[Facts]) -> Guess | None:
         return Guess(words, "", "object")
     if set(telling) <= _ONE_OBJECT:
         return Guess(words, f"--mask_threshold {_threshold(facts)}", "object")
-    if set(telling) <= {IDS, BITS, FULL}:
+    if set(telling) <= {IDS, BITS, WIDE, FULL}:  # of ids, 255 is what is ignored
         ids = {int(v) for one in facts if one.values for v in one.values.counts} - {IGNORE}
         return Guess(words, f"--num_classes {max(2, max(ids, default=0) + 1)}", "classes")
     if main == NUMBERS:
@@ -96,13 +96,6 @@ def guess(facts: Sequence[Facts]) -> Guess | None:
     if main == COLOURS and (listed := _colours(facts)):
         return Guess(words, f'--class_colours "{listed}"', "classes")
     return Guess(words, "", "")
-
-
-def asked(read: ReadOptions) -> str:
-    """What flags say masks show: "object", "classes" or "instances"."""
-    if read.objects == "instance":
-        return "instances"
-    return "classes" if read.num_classes > 1 else "object"
 
 
 def asked_in_words(read: ReadOptions) -> str:
