@@ -119,7 +119,10 @@ def _charts(split: Split) -> Html:
     charts = [
         histogram("share of the picture that an object covers, %", 100 * shares),
         histogram("longer side of an object's box, pixels", sides),
-        histogram("objects per picture", np.array([max(1, one.things) for one in split.usable])),
+        histogram(
+            "objects per picture that shows any",
+            np.array([one.things for one in split.usable if one.things]),
+        ),
     ]
     if split.classes.number:
         charts.append(_class_bars(split))
