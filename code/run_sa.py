@@ -35,6 +35,7 @@ from samtune.run_folder import RunFolder, begun_by_this_launch, to_resume
 
 VERBS = {
     "train": "train SAM with an adapter (the default); scores it if there are test images",
+    "check": "look at all images and masks before training, with the flags of train, and report",
     "evaluate": "score a trained run, beside the untuned SAM",
     "import": "turn a published checkpoint, or the parent's, into a run",
     "merge": "fold a trained adapter into a stock SAM's weights, where that is possible",
@@ -120,6 +121,15 @@ def _run_to_go_on_with(argv: list[str]) -> tuple[RunFolder | None, RunFolder | N
     if said and is_rank_0():
         print(said, file=sys.stderr, flush=True)
     return found
+
+
+def check(argv: list[str]) -> None:
+    """Look at the data that a training would read."""
+    config, _ = read(c.CheckConfig, "check", argv)
+    with processes(config.run.timeout) as process:
+        from samtune.checking import run
+
+        run(config, process)
 
 
 def evaluate(argv: list[str]) -> None:
@@ -289,10 +299,12 @@ GROUPS = {
     "run": c.RunOptions,
     "log": c.LogOptions,
     "benchmark": c.BenchmarkOptions,
+    "check": c.CheckOptions,
     "source": c.ImportOptions,
 }
 RUN = {
     "train": train,
+    "check": check,
     "evaluate": evaluate,
     "import": import_,
     "merge": merge,

@@ -14,12 +14,13 @@ GROUND = {
 WINGS = {"models", "data", "metrics", "losses", "engine"}
 VERBS = {
     "train", "evaluate", "importing", "merging", "compare", "benchmark", "adapter_table",
-    "sharding",
+    "sharding", "checking",
 }  # fmt: skip
 # Composition that verbs share. It imports the wings and is imported by verbs only.
 COMPOSED = {
     "pipeline", "trained", "pictures", "gallery", "complexity", "sources", "answers", "judging",
-    "machine", "random_data", "probe", "caching", "slow_data",
+    "machine", "random_data", "probe", "caching", "slow_data", "check_page", "check_sheet",
+    "check_sources", "check_memory",
 }  # fmt: skip
 
 # room -> the rooms it may import beside itself

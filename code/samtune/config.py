@@ -562,6 +562,14 @@ class BenchmarkOptions:
 
 
 @dataclass(frozen=True)
+class CheckOptions:
+    """What is checked"""
+
+    strict: bool = option(False, "warnings, too, end with the exit code of an error")
+    pictures: int = option(60, "pictures on the contact sheet, the strangest first; 0: no sheet")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """All that `train` can be told."""
 
@@ -576,6 +584,13 @@ class TrainConfig:
     run: RunOptions
     log: LogOptions
     adapter: object  # the options of the chosen adapter
+
+
+@dataclass(frozen=True)
+class CheckConfig(TrainConfig):
+    """All that `check` can be told: what a training is told, and what to do with what is found."""
+
+    check: CheckOptions
 
 
 @dataclass(frozen=True)

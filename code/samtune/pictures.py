@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -71,6 +72,36 @@ def sheet(rows: list[list[np.ndarray]], titles: list[str], side: int = 220) -> n
     return np.vstack(lines)
 
 
+def captioned_sheet(
+    tiles: list[tuple[np.ndarray, Sequence[str]]], columns: int, side: int = 220
+) -> np.ndarray:
+    """Lay pictures out in a grid, each fitted into side x side over its lines of text, as many for
+    each. Letters that the drawn font lacks become question marks.
+    """
+    drawn = [
+        np.vstack([_fit(picture, side), *(_label(_plain(line, side), side) for line in lines)])
+        for picture, lines in tiles
+    ]
+    blank = np.full_like(drawn[0], 255)
+    drawn += [blank] * (-len(drawn) % columns)
+    rows = [drawn[i : i + columns] for i in range(0, len(drawn), columns)]
+    return np.vstack([np.hstack(row) for row in rows])
+
+
+def thumbnail(picture: np.ndarray, side: int) -> np.ndarray:
+    """The picture (H, W, 3), resized so that its longer side is `side` pixels."""
+    height, width = picture.shape[:2]
+    scale = side / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    return cv2.resize(picture, size, interpolation=method)
+
+
+def jpeg(picture: np.ndarray) -> bytes:
+    """(H, W, 3) uint8 RGB as a JPEG file."""
+    return cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 82])[1].tobytes()
+
+
 def truth_picture(image: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """The image with the true mask outlined and ignored pixels greyed."""
     picture = overlay(image, np.zeros_like(truth), truth)
@@ -86,16 +117,17 @@ def write_png(path: Path, picture: np.ndarray) -> None:
 
 
 def _fit(picture: np.ndarray, side: int) -> np.ndarray:
-    height, width = picture.shape[:2]
-    scale = (side - 4) / max(height, width)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    small = cv2.resize(
-        picture, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    )
+    small = thumbnail(picture, side - 4)
+    height, width = small.shape[:2]
     tile = np.full((side, side, 3), 255, np.uint8)
-    y, x = (side - size[1]) // 2, (side - size[0]) // 2
-    tile[y : y + size[1], x : x + size[0]] = small
+    y, x = (side - height) // 2, (side - width) // 2
+    tile[y : y + height, x : x + width] = small
     return tile
+
+
+def _plain(text: str, side: int) -> str:
+    """What the font can draw of a text, and there is room for."""
+    return text.encode("ascii", "replace").decode()[: side // 7]
 
 
 def _label(text: str, side: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from samtune.data.files import Pair
 from samtune.data.loading import make_loader
 from samtune.data.objects import settle_objects
 from samtune.data.sampler import eval_batches
-from samtune.data.scan import ScanReport, scan_pairs
+from samtune.data.scan import ScanReport, SeenPictures, scan_pairs
 from samtune.engine import distributed
 from samtune.engine.compiling import compile_blocks
 from samtune.engine.distributed import Process
@@ -41,19 +41,23 @@ def check_pairs(
     image_size: Size,
     process: Process,
     logbook: Logbook,
+    seen: SeenPictures | None = None,
 ) -> ScanReport:
     """Read every file once, each rank its share, before anything is trained on them.
 
+    seen: the pictures of other splits, by content; rank 0 says which of these are among them.
     Raises UserError on every rank, with all problems listed, if a file cannot be used.
     """
     mine = pairs[process.rank :: process.world]
     with logbook.progress(len(mine), f"checking {name} files") as bar:
         report = scan_pairs(mine, read, bar.update, image_size)
     reports = distributed.gather_objects(report)
-    report = distributed.broadcast_object(ScanReport.merge(reports) if reports else None)
+    whole = ScanReport.merge(reports) if reports else None
+    report = distributed.broadcast_object(whole and whole.without_pictures())
     report.raise_problems()
-    for remark in report.remarks:
-        logbook.say(f"{name}: {remark}")
+    if whole:
+        for remark in whole.remarks + (seen.add(name, whole) if seen else []):
+            logbook.say(f"{name}: {remark}")
     return report
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import NamedTuple
 
 from samtune.config import ReadOptions, TestDataOptions, TrainDataOptions
@@ -19,6 +20,7 @@ from samtune.data.catalog_rows import DATASETS
 from samtune.data.coco import find_described
 from samtune.data.files import Pair, find_pairs, select
 from samtune.data.lists import listed_pairs
+from samtune.data.sample_data import SampleSet, make_sample_set
 from samtune.data.samples import is_annotations
 from samtune.data.shards import index_shards, named_shards, shard_pairs
 from samtune.data.tar_files import ShardIndex
@@ -26,6 +28,7 @@ from samtune.engine import distributed
 from samtune.engine.distributed import Process
 from samtune.errors import UserError
 
+SAMPLE_SET = Path("dataset/sample")
 _FILES = ("image_dir", "mask_dir", "list", "shards")
 # A test set is fitted as the training images were, and the same is asked about it.
 _KEPT = ("resize", "objects", "background", "ask_classes", "min_area")
@@ -41,6 +44,44 @@ class ScoredSet(NamedTuple):
     name: str
     pairs: list[Pair]
     read: ReadOptions
+
+
+def complete_data(
+    data: TrainDataOptions, test: TestDataOptions, read: ReadOptions, process: Process
+) -> tuple[TrainDataOptions, TestDataOptions, ReadOptions]:
+    """Collective. Fill in what was left open: what named data sets decide, the sample set, folders
+    that validation and test share with training. Raises UserError on all ranks alike.
+    """
+    with distributed.together():
+        data, test, read = complete_named(data, test, read)
+    if not data.named:
+        distributed.once_per_machine(process, lambda: make_sample_set(SAMPLE_SET))
+    with distributed.together():
+        if not data.named:
+            data = replace(data, **_sample_folders("train"), **_sample_folders("val"))
+            test = test if test.named else replace(test, **_sample_folders("test"))
+        own = data.val_image_dir or data.val_shards or data.dataset
+        if not own and (data.val_slice or data.val_list):
+            data = replace(
+                data, val_image_dir=data.train_image_dir, val_mask_dir=data.train_mask_dir,
+                val_list=data.val_list or data.train_list,
+                val_shards="" if data.val_list else data.train_shards,
+            )  # fmt: skip
+        if test.test_slice and not test.named:
+            test = replace(
+                test, test_image_dir=data.train_image_dir, test_mask_dir=data.train_mask_dir,
+                test_list=data.train_list, test_shards=data.train_shards,
+            )  # fmt: skip
+    return data, test, read
+
+
+def refuse_without_validation(data: TrainDataOptions) -> None:
+    """Raise UserError if completed options name nothing to validate on."""
+    if not (data.val_image_dir or data.val_list or data.val_shards or data.dataset):
+        raise UserError(
+            "there is nothing to validate on: set --val_image_dir and --val_mask_dir, or take a "
+            "part of the training data by --train_slice :80 --val_slice 80:"
+        )
 
 
 def complete_named(
@@ -65,7 +106,7 @@ def complete_named(
             test = replace(test, test_datasets=",".join(scored), test_data_root=root)
     elif data.data_root and not test.test_datasets:
         raise UserError(f"--data_root {data.data_root}: say with --dataset what it holds")
-    for name in _tested(test):  # now, not after hours of training
+    for name in tested(test):  # now, not after hours of training
         locate(name, test.test_data_root)
     return data, test, read
 
@@ -99,15 +140,24 @@ def training_pairs(
 
     indexes: of `look_into_shards`; without them this process looks by itself.
     """
-    if data.dataset:
-        names = names_in(data.dataset, "+", "--dataset")
-        train, val = (
-            find_joined(names, data.data_root, s, data.val_share) for s in ("train", "val")
-        )
-        train = select(train, data.train_slice, "--train_slice")
-        val = select(val, data.val_slice, "--val_slice")
-    else:
-        train, val = (_of_files(split, data, read, indexes) for split in ("train", "val"))
+    train, val = (split_pairs(split, data, read, indexes) for split in ("train", "val"))
+    refuse_shared(train, val)
+    return train, val
+
+
+def split_pairs(
+    split: str, data: TrainDataOptions, read: ReadOptions, indexes: Indexes | None = None
+) -> list[Pair]:
+    """The pairs of one split, "train" or "val". indexes: as `training_pairs` takes them."""
+    if not data.dataset:
+        return _of_files(split, data, read, indexes)
+    names = names_in(data.dataset, "+", "--dataset")
+    pairs = find_joined(names, data.data_root, split, data.val_share)
+    return select(pairs, getattr(data, f"{split}_slice"), f"--{split}_slice")
+
+
+def refuse_shared(train: list[Pair], val: list[Pair]) -> None:
+    """Raise UserError if an image is trained on and validated on."""
     twice = {pair.image_path for pair in train} & {pair.image_path for pair in val}
     if twice:
         raise UserError(
@@ -115,7 +165,6 @@ def training_pairs(
             "one; validation would be blind: separate them by folders or by --train_slice, "
             "--val_slice"
         )
-    return train, val
 
 
 def scored_set(
@@ -134,7 +183,7 @@ def scored_set(
     """
     if not test.test_datasets:
         return ScoredSet("", _of_files("test", test, read, indexes), read)
-    (name,) = _tested(test)
+    (name,) = tested(test)
     kept = _KEPT + (_KEPT_OF_OWN if name in own else ())
     base = {key: getattr(read, key) for key in kept}
     base |= {key: value for key, value in (said or {}).items() if key in vars(read)}
@@ -158,7 +207,7 @@ def scored_sets(
     """Every test set that is named, or the one of folders, a list or shards; see `scored_set`."""
     return [
         scored_set(replace(test, test_datasets=name), read, own, said, indexes)
-        for name in _tested(test) or [""]
+        for name in tested(test) or [""]
     ]
 
 
@@ -171,14 +220,23 @@ def said_of(data: TrainDataOptions) -> str:
     return f"{data.dataset} ({data.data_root}){rows}"
 
 
-def _tested(test: TestDataOptions) -> list[str]:
-    """The named test sets."""
+def tested(test: TestDataOptions) -> list[str]:
+    """The named test sets. Raises UserError for one that is unknown, or folders beside them."""
     if not test.test_datasets:
         return []
     for kind in _FILES:
         if getattr(test, f"test_{kind}"):
             raise UserError(f"--test_datasets and --test_{kind} both say what is scored; keep one")
     return names_in(test.test_datasets, ",", "--test_datasets")
+
+
+def _sample_folders(split: str) -> dict[str, str]:
+    """The sample set's folders of one split, as options."""
+    files = SampleSet(SAMPLE_SET)
+    return {
+        f"{split}_image_dir": str(files.image_dir(split)),
+        f"{split}_mask_dir": str(files.mask_dir(split)),
+    }
 
 
 def _of_files(

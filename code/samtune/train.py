@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from functools import partial
-from pathlib import Path
 
 import yaml
 
@@ -19,8 +18,8 @@ from samtune.data.datasets import SegmentationDataset
 from samtune.data.files import Pair
 from samtune.data.loading import cores_per_process, make_loader
 from samtune.data.objects import check_questions
-from samtune.data.sample_data import SampleSet, make_sample_set
 from samtune.data.sampler import EpochBatches, TrainPlan
+from samtune.data.scan import SeenPictures
 from samtune.engine import distributed
 from samtune.engine.checkpoint import Checkpoints
 from samtune.engine.compiling import check_compiler
@@ -47,15 +46,15 @@ from samtune.run_folder import RunFolder, new_name
 from samtune.run_lock import launch_name
 from samtune.slow_data import slow_data
 from samtune.sources import (
-    complete_named,
+    SAMPLE_SET,
+    complete_data,
     look_into_shards,
+    refuse_without_validation,
     said_of,
     scored_sets,
     training_pairs,
 )
 from samtune.trained import describe
-
-SAMPLE_SET = Path("dataset/sample")
 
 
 def run(config: TrainConfig, resumed: RunFolder | None, process: Process) -> TrainConfig:
@@ -99,8 +98,9 @@ def _run(
             raise UserError(f"--save_every {config.run.save_every}: must be 0 or more minutes")
         saved = Checkpoints(folder, metadata, config.run.save_pth, config.run.keep)
     state = saved.load_last() if resumed else None
+    seen = SeenPictures()
     (train_pairs, picture_size), (val_pairs, _) = (
-        _check(name, pairs, config, model.image_size, process)
+        _check(name, pairs, config, model.image_size, process, seen)
         for name, pairs in (("training", train_pairs), ("validation", val_pairs))
     )
     options = metadata["config"]
@@ -182,40 +182,10 @@ def _complete(config: TrainConfig, resumed: RunFolder | None, process: Process) 
     output_dir = str(resumed.path) if resumed else config.run.output_dir
     output_dir = output_dir or str(new_name(config.model.adapter, config.model.model_type))
     run = replace(config.run, output_dir=distributed.broadcast_object(output_dir))
+    data, test, read = complete_data(config.data, config.test, config.read, process)
     with distributed.together():
-        data, test, read = complete_named(config.data, config.test, config.read)
-    if not data.named:
-        distributed.once_per_machine(process, lambda: make_sample_set(SAMPLE_SET))
-    with distributed.together():
-        if not data.named:
-            data = replace(data, **_sample_folders("train"), **_sample_folders("val"))
-            test = test if test.named else replace(test, **_sample_folders("test"))
-        if not (data.val_image_dir or data.val_shards or data.dataset):
-            if not (data.val_slice or data.val_list):
-                raise UserError(
-                    "there is nothing to validate on: set --val_image_dir and --val_mask_dir, or "
-                    "take a part of the training data by --train_slice :80 --val_slice 80:"
-                )
-            data = replace(
-                data, val_image_dir=data.train_image_dir, val_mask_dir=data.train_mask_dir,
-                val_list=data.val_list or data.train_list,
-                val_shards="" if data.val_list else data.train_shards,
-            )  # fmt: skip
-        if test.test_slice and not test.named:
-            test = replace(
-                test, test_image_dir=data.train_image_dir, test_mask_dir=data.train_mask_dir,
-                test_list=data.train_list, test_shards=data.train_shards,
-            )  # fmt: skip
+        refuse_without_validation(data)
     return replace(config, data=data, test=test, read=read, run=run)
-
-
-def _sample_folders(split: str) -> dict[str, str]:
-    """The sample set's folders of one split, as options."""
-    files = SampleSet(SAMPLE_SET)
-    return {
-        f"{split}_image_dir": str(files.image_dir(split)),
-        f"{split}_mask_dir": str(files.mask_dir(split)),
-    }
 
 
 def _settle(config: TrainConfig) -> tuple[TrainConfig, str]:
@@ -247,12 +217,12 @@ def _build(config: TrainConfig, resumed: bool) -> tuple[PromptedSam, dict]:
     return model, describe(model, base, flags.dump(_groups(config)))
 
 
-def _check(name, pairs, config, image_size, process) -> tuple[list[Pair], tuple[int, int]]:
+def _check(name, pairs, config, image_size, process, seen) -> tuple[list[Pair], tuple[int, int]]:
     """Read every file of a split once; drop what cannot be asked about. Also returns (H, W) of the
     smallest canvas that holds every picture.
     """
     logbook = Logbook.console(process)
-    report = check_pairs(name, pairs, config.read, image_size, process, logbook)
+    report = check_pairs(name, pairs, config.read, image_size, process, logbook, seen)
     height, width = (max(sides) for sides in zip(*report.sizes, strict=True))
     return usable(name, pairs, report, config.read, config.prompts, logbook), (height, width)
 

@@ -4,15 +4,19 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from samtune.config import ReadOptions
+from samtune.config import ReadOptions, Size
 from samtune.data import scan
 from samtune.data import scan as scan_module
 from samtune.data.files import Pair
 from samtune.data.samples import read_sample
-from samtune.data.scan import ScanReport, scan_pairs
+from samtune.data.scan import ScanReport, SeenPictures, scan_pairs
+from samtune.engine.distributed import Process
+from samtune.engine.logbook import Logbook
 from samtune.errors import UserError
+from samtune.pipeline import check_pairs
 
 READ = ReadOptions()
 
@@ -136,3 +140,44 @@ def test_the_scan_reads_through_the_training_reader(pairs, monkeypatch):
 def test_a_wrong_range_is_said_once_not_per_file(pairs):
     with pytest.raises(UserError, match="--intensity_range 9"):
         scan_pairs(pairs, ReadOptions(intensity_range="9"))
+
+
+def noisy(folder, name, seed):
+    """A pair with an image that no other seed has."""
+    pair = save(folder, name, np.eye(12))
+    pixels = np.random.default_rng(seed).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(pair.image_path)
+    return pair
+
+
+def test_pictures_of_another_split_are_remarked(tmp_path):
+    """Whatever their files are called; what has one colour only is no picture that one knows."""
+    train = [noisy(tmp_path, f"t{i}", i) for i in range(3)] + [save(tmp_path, "t", np.eye(12))]
+    val = [noisy(tmp_path, f"v{i}", i) for i in (2, 7)] + [save(tmp_path, "v", np.eye(12))]
+    seen = SeenPictures()
+    assert seen.add("training", scan_pairs(train, READ)) == []
+    (line,) = seen.add("validation", scan_pairs(val, READ))
+    assert line.startswith("1 picture(s) are also elsewhere") and "(v2 is training t2)" in line
+    assert seen.add("test", scan_pairs([noisy(tmp_path, "x", 9)], READ)) == []
+    assert "training t2" in seen.add("test", scan_pairs(val[:1], READ))[0]
+
+
+def test_pictures_that_occur_twice_are_remarked(tmp_path):
+    pairs = [noisy(tmp_path, "a", 1), noisy(tmp_path, "b", 2), noisy(tmp_path, "c", 1)]
+    whole = scan_pairs(pairs, READ)
+    assert whole.remarks == ["1 picture(s) occur more than once, a for example 2 times"]
+    parts = ScanReport.merge(scan_pairs([pair], READ) for pair in pairs)
+    assert parts == whole
+    assert whole.without_pictures().remarks == [] and whole.pictures
+
+
+def test_the_look_before_training_says_what_splits_share(tmp_path, capsys):
+    process = Process(0, 1, 0, torch.device("cpu"))
+    seen, logbook = SeenPictures(), Logbook.console(process)
+    for split, seeds in (("training", (1, 2)), ("validation", (2, 3))):
+        pairs = [noisy(tmp_path, f"{split}{seed}", seed) for seed in seeds]
+        report = check_pairs(split, pairs, READ, Size(64, 64), process, logbook, seen)
+        assert report.images == 2 and report.pictures == {}
+    said = capsys.readouterr().out
+    assert said.startswith("validation: 1 picture(s) are also elsewhere, pixel by pixel")
+    assert "(validation2 is training training2)" in said

@@ -29,12 +29,14 @@ class Decoded(NamedTuple):
     """A decoded file.
 
     array: (H, W) or (H, W, 2 grey + alpha, 3 RGB or 4 RGBA), of the file's own number type.
-    lossy: JPEG, so values are not exact. turned: an orientation tag was followed.
+    lossy: JPEG, so values are not exact. turned: an orientation tag was followed. mode: how the
+    file holds its pixels, in Pillow's words ("P", "CMYK"); "" where Pillow does not read it.
     """
 
     array: np.ndarray
     lossy: bool
     turned: bool
+    mode: str = ""
 
 
 def decode(path: str | Path | ArraySlice | TarMember, palette_indices: bool = False) -> Decoded:
@@ -86,7 +88,8 @@ def _decode(picture: Image.Image, path: str | Path | TarMember, palette_indices:
     else:  # palette, CMYK, YCbCr, ...
         transparent = picture.mode == "PA" or "transparency" in picture.info
         array = np.asarray(picture.convert("RGBA" if transparent else "RGB"))
-    return Decoded(_turn(array.astype(array.dtype.newbyteorder("=")), orientation), lossy, turned)
+    array = _turn(array.astype(array.dtype.newbyteorder("=")), orientation)
+    return Decoded(array, lossy, turned, picture.mode)
 
 
 def _bytes(path: str | Path | TarMember) -> np.ndarray:

@@ -37,6 +37,19 @@ class Pair(NamedTuple):
     group: str = ""
 
 
+class Unpaired(UserError):
+    """Files of one side without a partner on the other.
+
+    images, masks: these files, by their keys. pairs: the others, which have one.
+    """
+
+    def __init__(
+        self, message: str, images: dict[str, Path], masks: dict[str, Path], pairs: list[Pair]
+    ):
+        super().__init__(message)
+        self.images, self.masks, self.pairs = images, masks, pairs
+
+
 class Affixes(NamedTuple):
     """What surrounds the key in a file name."""
 
@@ -89,7 +102,7 @@ def pair_up(
     image_of = _by_key(images, of_image, flags[0])
     mask_of = _by_key(masks, of_mask, flags[1])
     _refuse_one_sided(image_of, mask_of, flags)
-    return [Pair(key, image_of[key], mask_of[key]) for key in sorted(image_of, key=natural)]
+    return _pairs(image_of, mask_of)
 
 
 def pair_known(
@@ -120,7 +133,7 @@ def pair_known(
     if spare_masks:
         mask_of = {key: path for key, path in mask_of.items() if key in image_of}
     _refuse_one_sided(image_of, mask_of, (str(image_dir), str(mask_dir)))
-    return [Pair(key, image_of[key], mask_of[key]) for key in sorted(image_of, key=natural)]
+    return _pairs(image_of, mask_of)
 
 
 def select(pairs: list[Pair], text: str, flag: str) -> list[Pair]:
@@ -236,7 +249,17 @@ def _refuse_one_sided(image_of: dict, mask_of: dict, flags: tuple[str, str]) -> 
                 "; if the names differ by a fixed beginning or end, say so with --image_prefix, "
                 "--image_suffix, --mask_prefix, --mask_suffix"
             )
-        raise UserError("; ".join(lonely) + hint)
+        raise Unpaired(
+            "; ".join(lonely) + hint,
+            {key: path for key, path in image_of.items() if key not in mask_of},
+            {key: path for key, path in mask_of.items() if key not in image_of},
+            _pairs({key: path for key, path in image_of.items() if key in mask_of}, mask_of),
+        )
+
+
+def _pairs(image_of: dict[str, Path], mask_of: dict[str, Path]) -> list[Pair]:
+    """Every image with its mask, in natural order."""
+    return [Pair(key, image_of[key], mask_of[key]) for key in sorted(image_of, key=natural)]
 
 
 def _names(paths: list[Path], limit: int = 8) -> str:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from samtune.config import ReadOptions
 from samtune.data.coco import read_annotations
-from samtune.data.decoding import decode
+from samtune.data.decoding import Decoded, decode
 from samtune.data.files import Pair
 from samtune.data.images import blank, image_from
 from samtune.data.masks import decode_mask, mask_from, numbers_from
@@ -41,16 +41,27 @@ def read_sample(
     picture_size: (H, W) of the picture where only that is asked for: its file is not read then, and
     a blank one, which takes no memory, stands for it.
     """
-    turned = False
     if picture_size:
-        image = blank(picture_size)
+        image, turned = blank(picture_size), False
     else:
         image_file = decode(pair.image_path)
         image, turned = image_from(image_file, read, pair.image_path), image_file.turned
+    described = is_annotations(pair.mask_path)
+    mask_file = None if described else decode_mask(pair.mask_path, read)
+    return sample_of(pair, read, image, mask_file, turned)
+
+
+def sample_of(
+    pair: Pair, read: ReadOptions, image: np.ndarray, mask_file: Decoded | None, turned: bool
+) -> Reading:
+    """The sample of an image (H, W, 3) and what its mask file holds. Raises as `read_sample` does.
+
+    mask_file: None where annotations stand for one. turned: the image's orientation tag was
+    followed.
+    """
     sample = Sample(image, image[..., 0], pair.id, str(pair.image_path), str(pair.mask_path))
-    if is_annotations(pair.mask_path):
+    if mask_file is None:
         return Reading(_annotated(sample, pair, read), ())
-    mask_file = decode_mask(pair.mask_path, read)
     if read.objects == "instance":
         mask, note = numbers_from(mask_file, pair.mask_path), None
     else:

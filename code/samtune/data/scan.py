@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from samtune.data.class_shares import ClassShares, Unknown, class_names
 from samtune.data.codings import UnknownValues, coding_of
 from samtune.data.files import Pair
 from samtune.data.images import parse_range
+from samtune.data.inspection import digest_of, is_plain
 from samtune.data.loading import cores_per_process
 from samtune.data.objects import settle_objects, things_of
 from samtune.data.samples import NOTES, read_sample
@@ -34,7 +35,8 @@ class ScanReport:
     flag; unknown: what masks hold that their coding does not know. empty: ids of pictures without
     object (with several classes: without one labelled pixel). sizes: how many pictures there are of
     each (H, W). notes: per kind of remark how many pictures it is about, and the id of the first.
-    classes: what each class covers.
+    classes: what each class covers. pictures: how many have this content, by its digest, and the id
+    of the first; pictures of one colour are not among them.
     """
 
     images: int = 0
@@ -46,6 +48,7 @@ class ScanReport:
     foreground: str = ""  # the side that --foreground says; "" where a coding fixes it
     notes: dict[str, tuple[int, str]] = field(default_factory=dict)
     classes: ClassShares = field(default_factory=ClassShares)
+    pictures: dict[bytes, tuple[int, str]] = field(default_factory=dict)
 
     @classmethod
     def merge(cls, reports: Iterable[ScanReport]) -> ScanReport:
@@ -60,9 +63,10 @@ class ScanReport:
             total.sizes += report.sizes
             total.foreground_sum += report.foreground_sum
             total.foreground = report.foreground
-            for kind, (count, first) in report.notes.items():
-                seen, known = total.notes.get(kind, (0, first))
-                total.notes[kind] = (seen + count, known)
+            for known, more in ((total.notes, report.notes), (total.pictures, report.pictures)):
+                for kind, (count, first) in more.items():
+                    seen, earliest = known.get(kind, (0, first))
+                    known[kind] = (seen + count, earliest)
         return total
 
     def __add__(self, other: ScanReport) -> ScanReport:
@@ -86,6 +90,12 @@ class ScanReport:
                 f"{len(self.empty)} of {self.images} images {what} (for example {self.empty[0]})"
             )
         lines += self.classes.remarks(self.images)
+        repeated = [(count, first) for count, first in self.pictures.values() if count > 1]
+        if repeated:
+            lines.append(
+                f"{len(repeated)} picture(s) occur more than once, {repeated[0][1]} for example "
+                f"{repeated[0][0]} times"
+            )
         if self.foreground and self.foreground_fraction > _MOSTLY_FOREGROUND:
             other = "below" if self.foreground == "above" else "above"
             lines.append(
@@ -105,10 +115,36 @@ class ScanReport:
             return
         raise UserError("\n".join(lines))
 
+    def without_pictures(self) -> ScanReport:
+        """The report without what grows with the number of files."""
+        return replace(self, pictures={})
+
     def without_empty(self, pairs: list[Pair]) -> list[Pair]:
         """The pairs that show an object."""
         empty = set(self.empty)
         return [pair for pair in pairs if pair.id not in empty]
+
+
+class SeenPictures:
+    """The content of splits that were scanned before: a picture in two of them is no test."""
+
+    def __init__(self):
+        self.known: dict[bytes, str] = {}
+
+    def add(self, split: str, report: ScanReport) -> list[str]:
+        """Note a split's pictures. Returns a line if earlier splits hold some of them, or none."""
+        shared = [digest for digest in report.pictures if digest in self.known]
+        lines = []
+        if shared:
+            _, example = report.pictures[shared[0]]
+            lines.append(
+                f"{len(shared)} picture(s) are also elsewhere, pixel by pixel ({example} is "
+                f"{self.known[shared[0]]}): scores on them say what is remembered, not what was "
+                "learned; take them out of one side"
+            )
+        for digest, (_, first) in report.pictures.items():
+            self.known.setdefault(digest, f"{split} {first}")
+        return lines
 
 
 def scan_pairs(
@@ -166,4 +202,5 @@ def _scan(pair: Pair, read: ReadOptions, frame_size: Size) -> ScanReport:
         foreground=side,
         notes=dict.fromkeys(lines, (1, pair.id)),
         classes=ClassShares.of(counts, read) if several else ClassShares(),
+        pictures={} if is_plain(sample.image) else {digest_of(sample.image): (1, pair.id)},
     )
