@@ -162,7 +162,7 @@ def _told(path: str | Path) -> dict[str, Any] | None:
             told = json.loads(file.metadata()[_METADATA_KEY])
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a readable safetensors file: {error}") from None
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return None
     return told if isinstance(told, dict) else None
 
