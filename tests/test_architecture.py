@@ -16,7 +16,7 @@ VERBS = {
 # Composition that verbs share. It imports the wings and is imported by verbs only.
 COMPOSED = {
     "pipeline", "trained", "pictures", "gallery", "complexity", "sources", "answers", "judging",
-    "machine", "random_data", "probe", "caching", "slow_data",
+    "machine", "random_data", "probe", "caching", "slow_data", "ddp_check",
 }  # fmt: skip
 
 # room -> the rooms it may import beside itself

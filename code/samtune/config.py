@@ -437,6 +437,11 @@ class RunOptions:
         "newest run in checkpoints/, or begin anew where there is none",
     )
     save_pth: bool = option(False, "also write best.pth, a flat dict of tensors by name")
+    check_ddp: bool = option(
+        False,
+        "prove on this very job that all processes hold the same model and that its gradients are "
+        "those of one process, before the first step; changes nothing that is trained",
+    )
     timeout: int = option(60, "minutes that a process waits for the others before it gives up")
 
 
@@ -614,6 +619,7 @@ FREE_ON_RESUME = {
     "epoch", "patience", "workers", "timeout", "save_pth", "log_every", "wandb", "wandb_mode",
     "project_name", "resume", "test_image_dir", "test_mask_dir", "test_slice", "test_list",
     "test_shards", "test_datasets", "test_data_root", "cache_dir", "cache_limit", "compile",
+    "check_ddp",
 }  # fmt: skip
 
 # Flags of the parent repository that torchrun has made needless: accepted, and said so.

@@ -19,6 +19,7 @@ from samtune.data.loading import cores_per_process, make_loader
 from samtune.data.objects import check_questions
 from samtune.data.sample_data import SampleSet, make_sample_set
 from samtune.data.sampler import EpochBatches, TrainPlan
+from samtune.ddp_check import DdpCheck
 from samtune.engine import distributed
 from samtune.engine.checkpoint import Checkpoints
 from samtune.engine.compiling import check_compiler
@@ -301,10 +302,15 @@ def _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state):
     def explain_slow_data(pace: Pace) -> str:
         return slow_data(pace, train_loader.num_workers, cores_per_process(), image_size, config)
 
+    prepare = caching.fill if caching else lambda epoch: ()
+    check = DdpCheck(trainer, plan, dataset, logbook.say) if run.check_ddp else None
     with closing(train_loader), closing(val_loader):
-        return trainer.fit(
+        result = trainer.fit(
             plan, make_batches, validate, logbook, saved,
             epochs=run.epoch, best_by=run.best_by, patience=run.patience, resume=state,
-            prepare=caching.fill if caching else lambda epoch: (),
+            prepare=check.after(prepare) if check else prepare,
             log_every=config.log.log_every, explain_slow_data=explain_slow_data,
         )  # fmt: skip
+    if check:
+        check.same_everywhere("at the end")
+    return result
