@@ -421,7 +421,10 @@ class RunOptions:
 
     epoch: int = option(10, "passes over the training images")
     seed: int = option(21, "of weights, data order and augmentation")
-    deterministic: bool = option(False, "bitwise repeatable on a GPU too, at some cost in time")
+    deterministic: bool = option(
+        False,
+        "bitwise repeatable on a GPU too, at some cost in time; the log says what is not promised",
+    )
     best_by: str = option(
         "loss",
         "validation score that says which epoch is best; mIoU: of a model with a mask per class",

@@ -23,6 +23,7 @@ from samtune.ddp_check import DdpCheck
 from samtune.engine import distributed
 from samtune.engine.checkpoint import Checkpoints
 from samtune.engine.compiling import check_compiler
+from samtune.engine.determinism import explain_indeterminism, promise
 from samtune.engine.distributed import Process
 from samtune.engine.evaluator import Evaluator
 from samtune.engine.logbook import Logbook, parameter_summary
@@ -111,6 +112,8 @@ def run(config: TrainConfig, resumed: RunFolder | None, process: Process) -> Tra
             logbook.say(remark)
         if said := use_tf32(config.optim.tf32, process.device):
             logbook.say(said)
+        if config.run.deterministic:
+            logbook.say(promise(process))
         _introduce(config, model, len(train_pairs), len(val_pairs), process, folder, logbook)
         result = _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state)
         logbook.curves()
@@ -304,7 +307,7 @@ def _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state):
 
     prepare = caching.fill if caching else lambda epoch: ()
     check = DdpCheck(trainer, plan, dataset, logbook.say) if run.check_ddp else None
-    with closing(train_loader), closing(val_loader):
+    with closing(train_loader), closing(val_loader), explain_indeterminism():
         result = trainer.fit(
             plan, make_batches, validate, logbook, saved,
             epochs=run.epoch, best_by=run.best_by, patience=run.patience, resume=state,
