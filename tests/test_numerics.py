@@ -111,7 +111,7 @@ def test_a_masks_loss_and_scores_are_finite_at_the_size_of_every_picture(bce, dt
         batch = batch_of(truth)
         for logits in answers(truth).values():
             leaf = logits.to(dtype).expand(3, 1, SIDE, SIDE).clone().requires_grad_()
-            prediction = Prediction(leaf, earlier=(leaf * 2,))
+            prediction = Prediction(leaf, earlier=(leaf / 2,))
             total, _ = EveryAnswer(MaskLoss(LossOptions(bce=bce)))(prediction, batch)
             assert_finite(total, leaf)
             for values in region_scores(prediction, batch).values():
