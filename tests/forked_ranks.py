@@ -59,7 +59,7 @@ def _rank(rank: int, world: int, port: int, sender, work: Callable, arguments: t
     }  # fmt: skip
     from samtune.engine import distributed
 
-    process = distributed.start(timeout_minutes=2)
+    process = distributed.start(timeout_minutes=10)
     try:
         outcome = work(process, *arguments)
     except Exception as error:

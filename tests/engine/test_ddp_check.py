@@ -30,6 +30,7 @@ from samtune.models.anatomy import attention_blocks
 from samtune.train import run as train
 from tiny_models import TINY
 
+CAN_SHARD = hasattr(torch.cpu.Stream, "record_event")  # from torch 2.7 on
 ALONE = Process(0, 1, 0, torch.device("cpu"))
 GSAM = {"gsam": SMALL["gsam"]}  # the others with what they draw at random
 
@@ -86,7 +87,8 @@ def checked(process, pictures) -> dict[str, list[str]]:
     cases = {name: (name, {}) for name in ADAPTERS}
     cases["bf16"] = ("lora", {"precision": "bf16"})
     cases["bf16 joined"] = ("ts_sam", {"precision": "bf16"})
-    cases["sharded"] = ("lora", {"shard": True})
+    if CAN_SHARD:
+        cases["sharded"] = ("lora", {"shard": True})
     return {key: whole_check(job(process, pictures, n, **how)) for key, (n, how) in cases.items()}
 
 
@@ -97,6 +99,8 @@ def passed(pictures):
 
 @pytest.mark.parametrize("case", [*ADAPTERS, "bf16", "bf16 joined", "sharded"])
 def test_every_adapter_passes_with_accumulation_and_an_uneven_last_step(passed, case):
+    if case == "sharded" and not CAN_SHARD:
+        pytest.skip("this torch does not shard on a CPU")
     state, first, last = passed[case]
     assert "before the first step" in state and "the same on 2 processes, bit for bit" in state
     assert "step 1 of an epoch (4 images)" in first and "those of one process" in first
@@ -104,10 +108,9 @@ def test_every_adapter_passes_with_accumulation_and_an_uneven_last_step(passed, 
     assert ("joined" in first) == (case in ("gsam", "ts_sam", "bf16 joined"))
 
 
-def test_one_process_repeats_a_step(pictures):
+def test_one_process_repeats_a_step(pictures, tiny):
     said = whole_check(job(ALONE, pictures, "conv_lora"))
     assert len(said) == 2 and all("bit for bit" in line for line in said)
-    MODEL_TYPES.pop("tiny")
 
 
 # --- it finds what is wrong ----------------------------------------------------------------------
@@ -262,9 +265,8 @@ def test_two_deterministic_runs_are_equal_bit_for_bit_and_the_check_leaves_no_tr
         assert mine["sums"] == theirs["sums"]
 
 
-def test_one_process_trains_the_same_with_the_check(pictures, tmp_path, monkeypatch):
-    """With a BatchNorm that trains: its statistics are put back."""
-    monkeypatch.setitem(MODEL_TYPES, "tiny", TINY["tiny"])
+def test_a_check_leaves_neither_statistics_nor_gradients_nor_random_numbers(pictures, tiny):
+    """With a BatchNorm that trains."""
     check = job(ALONE, pictures, "ts_sam")
     model = check.trainer.model
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

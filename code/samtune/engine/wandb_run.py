@@ -46,7 +46,7 @@ class WandbRun:
     """
 
     def __init__(self, folder: Path, options: LogOptions, config: dict, say: Callable[[str], None]):
-        self._say, self._run = say, None
+        self._say, self._run, self._off = say, None, False
         self._records: SimpleQueue[dict | None] = SimpleQueue()
         self._started = Event()
         self._attempt(lambda: import_module("wandb"))  # here: a fork in mid-import would be stuck
@@ -62,12 +62,12 @@ class WandbRun:
         """Wait until W&B has everything, but not for long: what it lacks is on disk."""
         self._records.put(None)
         self._thread.join(_END_SECONDS)
-        if self._thread.is_alive() and self._say:
+        if self._thread.is_alive() and not self._off:
             self._say(
                 f"warning: Weights & Biases has not finished within {_END_SECONDS} s; what it "
                 "lacks is in the run's folder wandb/, for wandb sync"
             )
-            self._say = None
+            self._say = lambda text: None
 
     def _serve(self, folder: Path, options: LogOptions, config: dict) -> None:
         """The thread: start, pass on what comes, finish."""
@@ -122,13 +122,13 @@ class WandbRun:
             self._run.define_metric(name, step_metric="Epoch")
 
     def _attempt(self, action: Callable[[], object]) -> None:
-        if self._say is None:
+        if self._off:
             return
         try:
             action()
         except Exception as error:
+            self._off = True
             self._say(f"warning: Weights & Biases is off, training goes on: {_in_short(error)}")
-            self._say = None
 
 
 def _tried(begin: Callable[[], None]) -> str:
