@@ -127,50 +127,68 @@ def test_albumentations_does_not_look_for_updates():
 # --- the real verbs, without any network ---------------------------------------------------------
 
 
-def rank_of_a_run(rank: int, port: int, argv: list[str]) -> None:
+def rank_of_a_run(rank: int, world: int, port: int, argv: list[str]) -> None:
     """One rank as torchrun starts it; what it says goes to a file."""
     os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": "",
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
     with (
-        open(f"said{rank}", "w", buffering=1) as said, redirect_stdout(said), redirect_stderr(said)
-    ):  # fmt: skip
+        open(f"{argv[0]}{rank}", "w", buffering=1) as said,
+        redirect_stdout(said),
+        redirect_stderr(said),
+    ):
         code = run_sa.main(argv)
     os._exit(code)
 
 
+def launched(world: int, *argv: str) -> list[int]:
+    """Exit codes of all ranks."""
+    context, port = multiprocessing.get_context("fork"), free_port()
+    ranks = [
+        context.Process(target=rank_of_a_run, args=(rank, world, port, list(argv)))
+        for rank in range(world)
+    ]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(500)
+        rank.kill()
+    return [rank.exitcode for rank in ranks]
+
+
 def trained_and_scored(folder: Path) -> list[int]:
-    """Two ranks in one namespace, with a key for W&B; their exit codes."""
+    """In a namespace, with a key for W&B: two ranks train and score, one scores again."""
     assert not entered()
     os.chdir(folder)
     for name in [n for n in os.environ if n.startswith("WANDB") or n == "NETRC"]:
         del os.environ[name]
     os.environ |= {"HOME": str(folder), "WANDB_API_KEY": KEY}
-    argv = ["train", "--image_size", "64", "--epoch", "1", "--workers", "1", "--output_dir", "run"]
-    argv += ["--wandb", "yes", "--log_every", "1"]
-    context, port = multiprocessing.get_context("fork"), free_port()
-    ranks = [context.Process(target=rank_of_a_run, args=(r, port, argv)) for r in (0, 1)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(180)
-        rank.kill()
-    return [rank.exitcode for rank in ranks]
+    codes = launched(
+        2, "train", "--image_size", "64", "--epoch", "1", "--batch_size", "4", "--workers", "1",
+        "--output_dir", "run", "--wandb", "yes", "--log_every", "1",
+    )  # fmt: skip
+    (folder / "run/scores.json").rename(folder / "first.json")
+    return codes + launched(1, "evaluate", "--run_dir", "run", "--workers", "0")
 
 
 def test_without_a_network_two_processes_train_score_and_keep_what_wandb_missed(
     namespace, tmp_path
 ):
     pytest.importorskip("wandb")
-    codes = in_a_fork(trained_and_scored, tmp_path)
-    said = (tmp_path / "said0").read_text()
-    assert codes == [0, 0], said + (tmp_path / "said1").read_text()
+    codes = in_a_fork(trained_and_scored, tmp_path, timeout=1500)
+    said = (tmp_path / "train0").read_text()
+    assert codes == [0, 0, 0], said + (tmp_path / "train1").read_text()
     assert said.count("warning: Weights & Biases: ") == 1 and "does not answer" in said
     assert "wandb sync" in said and KEY not in said
     records = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert [r.get("kind", "epoch") for r in records[-2:]] == ["step", "epoch"]
-    assert json.loads((tmp_path / "run/scores.json").read_text())["images"] == 6
+    assert [r.get("kind", "epoch") for r in records] == ["step"] * 3 + ["epoch"]
+    first, again = (
+        json.loads((tmp_path / name).read_text()) for name in ("first.json", "run/scores.json")
+    )
+    assert first["images"] == again["images"] == 6
+    assert again["tuned"] == pytest.approx(first["tuned"], abs=1e-6)
     (kept,) = (tmp_path / "run").rglob("offline-run-*/*.wandb")
     for name in (b"Validation IoU Metric", b"Step/gradient_norm"):
         assert name in kept.read_bytes(), name
