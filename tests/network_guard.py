@@ -7,6 +7,7 @@ Processes that a test starts anew have no such hook; `without_network.py` is for
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
 import sys
 
@@ -23,6 +24,8 @@ _on = [False]
 
 def install() -> None:
     """From now on, for this process and those forked from it."""
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        del os.environ[name]  # a proxy on this machine would be a way out
     if not _on[0]:
         sys.addaudithook(_refuse)
     _on[0] = True
