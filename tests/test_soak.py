@@ -38,7 +38,7 @@ def test_a_flat_process_is_flat_and_start_up_is_not_growth():
     ("leak", "said"),
     [
         (seen(memory=lambda t: (300 + t) * MIB), "rank 0: memory grew"),
-        (seen(files=lambda t: 30 + t // 40), "rank 0: files grew from 30 to 32"),
+        (seen(files=lambda t: 30 + t // 10), "rank 0: files grew from 33 to 38"),
         ([*seen(), *seen(role="rank 0, loader 0", pid=2, zombie=True)], "not buried for 99 s"),
         (seen(role="launcher"), "no rank"),
     ],
@@ -82,8 +82,8 @@ def test_the_table_says_what_was_found():
     }  # fmt: skip
     text = soak.table(result)
     assert "| rank 0 | 300.0 -> 301.0 | 30 -> 30 | 9 -> 9 |" in text and "flat." in text
-    leaking = replace(life, files=(30, 31))
-    assert leaking.faults == ["rank 0: files grew from 30 to 31"]
+    leaking = replace(life, files=(30, 36))
+    assert leaking.faults == ["rank 0: files grew from 30 to 36"]
 
 
 def watched(process, folder: Path) -> list[Look]:
@@ -124,7 +124,8 @@ def test_forty_steps_on_two_processes_open_no_file_and_keep_no_memory(tmp_path):
     for looks in on_ranks(watched, tmp_path):
         assert len(looks) == 10
         settled, last = looks[3], looks[-1]
-        assert last.files == settled.files and last.threads == settled.threads
+        assert last.files <= settled.files + soak.GROWTH_FILES
+        assert last.threads == settled.threads
         assert last.memory - settled.memory < 16 * MIB
 
 
