@@ -226,7 +226,7 @@ training and for validation, {result["epochs"]} epochs with validation and check
 {result["seconds"]:.0f} s, torch {result["versions"]["torch"]}, {result["date"]}. Medians of the \
 second and of the last quarter of the time; memory is what a process shares with no other. Flat is \
 a growth of at most {GROWTH_BYTES / 2**20:.0f} MiB or {GROWTH_SHARE:.0%}, of {GROWTH_FILES} files \
-(batches on their way are some) and of no thread, no dead process that nobody buried, and none that \
+(batches on their way are some) and of no thread, no dead process that nobody buried, none that \
 outlives the launch.
 
 | process | memory, MiB | open files | threads |
