@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+import network_guard
 from samtune.models import MODEL_TYPES, ModelType
 from tiny_models import TINY
 
@@ -11,10 +12,20 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_configure():
-    """The models here are tiny: threads would cost more than they bring."""
+    """The models here are tiny: threads would cost more than they bring. No test has a network."""
     import torch
 
     torch.set_num_threads(1)
+    network_guard.install()
+
+
+@pytest.fixture(autouse=True)
+def no_network():
+    """A test fails if anything in it asked for another machine, whoever swallowed the refusal."""
+    network_guard.refused.clear()
+    yield
+    asked = list(network_guard.refused)
+    assert not asked, f"a test asked for the network: {asked}"
 
 
 def pytest_addoption(parser):

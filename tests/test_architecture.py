@@ -20,7 +20,7 @@ VERBS = {
 COMPOSED = {
     "pipeline", "trained", "pictures", "gallery", "complexity", "sources", "answers", "judging",
     "machine", "random_data", "probe", "caching", "slow_data", "check_page", "check_sheet",
-    "check_sources", "check_memory",
+    "check_sources", "check_memory", "ddp_check",
 }  # fmt: skip
 
 # room -> the rooms it may import beside itself

@@ -17,6 +17,7 @@ GUARDED = {
     "D1 gradients are not synchronised: each rank trains a model of its own": [
         "engine/test_ddp.py::test_ranks_hold_the_same_model",
         "engine/test_ddp.py::test_two_processes_train_what_one_would",
+        "engine/test_ddp_check.py::test_what_is_broken_is_found_and_all_ranks_say_the_same",
     ],
     "D2 images and masks are paired by their position in an unsorted listing": [
         "data/test_files.py::test_pairs_by_name_whatever_order_the_folders_list",

@@ -425,7 +425,10 @@ class RunOptions:
 
     epoch: int = option(10, "passes over the training images")
     seed: int = option(21, "of weights, data order and augmentation")
-    deterministic: bool = option(False, "bitwise repeatable on a GPU too, at some cost in time")
+    deterministic: bool = option(
+        False,
+        "bitwise repeatable on a GPU too, at some cost in time; the log says what is not promised",
+    )
     best_by: str = option(
         "loss",
         "validation score that says which epoch is best; mIoU: of a model with a mask per class",
@@ -447,6 +450,11 @@ class RunOptions:
     )
     keep: int = option(
         2, "states to go on from that stay: last.pt, and before it last-1.pt, last-2.pt, ..."
+    )
+    check_ddp: bool = option(
+        False,
+        "prove on this very job that all processes hold the same model and that its gradients are "
+        "those of one process, before the first step; changes nothing that is trained",
     )
     timeout: int = option(
         60,
@@ -644,7 +652,7 @@ FREE_ON_RESUME = {
     "epoch", "patience", "workers", "timeout", "save_pth", "save_every", "keep", "log_every",
     "wandb", "wandb_mode", "project_name", "resume", "test_image_dir", "test_mask_dir",
     "test_slice", "test_list", "test_shards", "test_datasets", "test_data_root", "cache_dir",
-    "cache_limit", "compile",
+    "cache_limit", "compile", "check_ddp",
 }  # fmt: skip
 
 # Flags of the parent repository that torchrun has made needless: accepted, and said so.

@@ -20,9 +20,11 @@ from samtune.data.loading import cores_per_process, make_loader
 from samtune.data.objects import check_questions
 from samtune.data.sampler import EpochBatches, TrainPlan
 from samtune.data.scan import SeenPictures
+from samtune.ddp_check import DdpCheck
 from samtune.engine import distributed
 from samtune.engine.checkpoint import Checkpoints
 from samtune.engine.compiling import check_compiler
+from samtune.engine.determinism import explain_indeterminism, promise
 from samtune.engine.distributed import Process
 from samtune.engine.durable import write_text
 from samtune.engine.evaluator import Evaluator
@@ -126,6 +128,8 @@ def _run(
             logbook.say(said)
         if said := use_tf32(config.optim.tf32, process.device):
             logbook.say(said)
+        if config.run.deterministic:
+            logbook.say(promise(process))
         _introduce(config, model, len(train_pairs), len(val_pairs), process, folder, logbook)
         result = _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state)
         logbook.curves()
@@ -310,11 +314,16 @@ def _fit(config, model, train_pairs, val_pairs, process, logbook, saved, state):
     def explain_slow_data(pace: Pace) -> str:
         return slow_data(pace, train_loader.num_workers, cores_per_process(), image_size, config)
 
-    with train_loader, val_loader:
-        return trainer.fit(
+    prepare = caching.fill if caching else lambda epoch: ()
+    check = DdpCheck(trainer, plan, dataset, logbook.say) if run.check_ddp else None
+    with train_loader, val_loader, explain_indeterminism():
+        result = trainer.fit(
             plan, make_batches, validate, logbook, saved,
             epochs=run.epoch, best_by=run.best_by, patience=run.patience, resume=state,
-            prepare=caching.fill if caching else lambda epoch: (),
+            prepare=check.after(prepare) if check else prepare,
             log_every=config.log.log_every, explain_slow_data=explain_slow_data,
             save_every=60 * run.save_every,
         )  # fmt: skip
+    if check:
+        check.same_everywhere("at the end")
+    return result

@@ -378,6 +378,25 @@ def gathered(model: nn.Module) -> Iterator[None]:
         _empty(plain)
 
 
+@contextmanager
+def alone(model: nn.Module) -> Iterator[nn.Module]:
+    """Collective. Inside, a rank may train with what it is given without the other ranks: the
+    `evaluated(model)`, whose synchronised BatchNorms see the batch of this process only.
+    """
+    with gathered(model):
+        inner, replaced = evaluated(model), []
+        for parent in list(inner.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, (SyncedBatchNorm, nn.SyncBatchNorm)):
+                    setattr(parent, name, _LoneBatchNorm.replacing(child))
+                    replaced.append((parent, name, child))
+        try:
+            yield inner
+        finally:
+            for parent, name, child in replaced:
+                setattr(parent, name, child)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """Collective for a sharded tensor: all of it, on every rank. Others stay as they are."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -420,9 +439,14 @@ def synchronise_batch_norm(model: nn.Module, device: torch.device) -> None:
         convert = SyncedBatchNorm.replacing
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            trains = any(p.requires_grad for p in child.parameters(recurse=False))
-            if isinstance(child, _BatchNorm) and trains:
+            if is_trainable_batch_norm(child):
                 setattr(parent, name, convert(child))
+
+
+def is_trainable_batch_norm(layer: nn.Module) -> bool:
+    """Whether what the layer computes for an image depends on the others of its batch."""
+    trains = any(p.requires_grad for p in layer.parameters(recurse=False))
+    return isinstance(layer, _BatchNorm) and trains
 
 
 class SyncedBatchNorm(_BatchNorm):
@@ -463,6 +487,12 @@ class SyncedBatchNorm(_BatchNorm):
             share = 1 / float(self.num_batches_tracked)
         self.running_mean.lerp_(mean, share)
         self.running_var.lerp_(variance, share)
+
+
+class _LoneBatchNorm(SyncedBatchNorm):
+    """BatchNorm over the batch of this process, with the parameters of a synchronised one."""
+
+    forward = _BatchNorm.forward
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -110,7 +110,7 @@ class Logbook:
         self._drawn = time.monotonic()
 
     def close(self) -> None:
-        """Draw the curves and finish the W&B run; waits at most a minute for its upload."""
+        """Draw the curves and finish the W&B run; waits a bounded time for its upload."""
         self.curves()
         if self._wandb:
             now.turns_to("ending the run of Weights & Biases")

@@ -111,9 +111,24 @@ class Trainer:
     def train_step(self, micro_batches: Iterable[Batch], global_count: int) -> None:
         """One optimizer step over this rank's micro-batches; the host never waits for the device.
 
-        global_count: real samples (weight 1) of the step over all ranks. DDP averages gradients
-        over ranks, hence the factor `world`: the gradient equals that of one process with the
-        joined batch, however unevenly the samples are dealt.
+        global_count: real samples (weight 1) of the step over all ranks.
+        """
+        seen = self.backward(micro_batches, global_count)
+        self.scaler.unscale_(self.optimizer)
+        norm = self._clip()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.progress.lr = self.optimizer.param_groups[0]["lr"]
+        self.schedule.step()
+        self.steps_done += 1
+        self._watch(norm, seen)
+
+    def backward(self, micro_batches: Iterable[Batch], global_count: int) -> list[_Seen]:
+        """Forward and backward passes of a step: the gradient, averaged over ranks, in `.grad`.
+
+        DDP averages gradients over ranks, hence the factor `world`: the gradient equals that of one
+        process with the joined batch, however unevenly the samples are dealt.
         """
         now.reaches(
             self.progress.step, f"step {self.steps_done + 1} (epoch {self.progress.epoch + 1})"
@@ -132,15 +147,7 @@ class Trainer:
                 self.scaler.scale(loss * scale).backward()
             losses = self._score(prediction, batch, total, terms)
             seen.append((batch.paths or batch.ids, batch.prompts.image_index, losses))
-        self.scaler.unscale_(self.optimizer)
-        norm = self._clip()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.progress.lr = self.optimizer.param_groups[0]["lr"]
-        self.schedule.step()
-        self.steps_done += 1
-        self._watch(norm, seen)
+        return seen
 
     @torch.no_grad()
     def _score(self, prediction, batch, total, terms) -> dict[str, Tensor]:

@@ -111,7 +111,8 @@ def cut_at_levels(grey: np.ndarray, true: np.ndarray) -> Counts:
 
 
 def e_measure(counts: Counts) -> np.ndarray:
-    """Enhanced alignment of the cut and the true mask (T,); a perfect cut scores N / (N - 1).
+    """Enhanced alignment of the cut and the true mask (T,); a perfect cut scores N / (N - 1), and
+    of a single pixel 1, which the published code divides by next to nothing.
 
     Every pixel belongs to one of four kinds, so four terms make the sum over pixels.
     """
@@ -125,7 +126,7 @@ def e_measure(counts: Counts) -> np.ndarray:
         answered, true = (tp + fp) / size, (tp + fn) / size
         kinds = ((tp, 1, 1), (fp, 1, 0), (fn, 0, 1), (tn, 0, 0))
         total = sum(count * _alignment(a - answered, t - true) for count, a, t in kinds)
-    return total / (size - 1 + EPS)
+    return total / (np.maximum(size, 2) - 1 + EPS)
 
 
 def _alignment(answer: np.ndarray, truth: np.ndarray) -> np.ndarray:
