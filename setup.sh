@@ -17,6 +17,8 @@ for path in sys.argv[1:]:
         line = line.split("#")[0].strip()
         if line and not line.startswith("-"):
             requirement = Requirement(line)
+            if requirement.marker and not requirement.marker.evaluate():
+                continue  # of another system
             if not requirement.specifier.contains(version(requirement.name), prereleases=True):
                 sys.exit(1)
 PY

@@ -23,6 +23,13 @@ def pytest_addoption(parser):
         default=str(ROOT.parent / "shared" / "golden"),
         help="folder of numeric fixtures; tests that need it skip where it does not exist",
     )
+    parser.addoption(
+        "--fuzz",
+        type=float,
+        default=0.0,
+        metavar="MINUTES",
+        help="how long the coverage-guided fuzzer runs; 0: some hundred cases of each target",
+    )
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, NewType
 
+MOST_SIDE = 2**14  # pixels of a model's frame
+
 
 class Size(NamedTuple):
     """(height, width) in pixels; 0 x 0 is one that nobody has said, and false."""
@@ -23,12 +25,14 @@ class Size(NamedTuple):
     def read(cls, value: int | str | Sequence[int]) -> Size:
         """A number is the side of a square, text is `512` or `360x480`, empty text is 0.
 
-        Raises ValueError for other text.
+        Raises ValueError for other text, and for more than `MOST_SIDE`.
         """
         if isinstance(value, str):
-            match = re.fullmatch(r"(\d+)(?:x(\d+))?", value or "0")
+            match = re.fullmatch(r"([0-9]{1,9})(?:x([0-9]{1,9}))?", value or "0")
             if not match:
-                raise ValueError(f"expected a number or HEIGHTxWIDTH in pixels, got {value!r}")
+                raise ValueError(f"expected a number or HEIGHTxWIDTH in pixels, got {value[:80]!r}")
+            if max(int(match[1]), int(match[2] or 0)) > MOST_SIDE:
+                raise ValueError(f"more than {MOST_SIDE} pixels a side: {value}")
             return cls(int(match[1]), int(match[2] or match[1]))
         return cls(value, value) if isinstance(value, int) else cls(*value)
 

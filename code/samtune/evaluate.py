@@ -26,7 +26,6 @@ from samtune.data.loading import scoring_threads
 from samtune.data.objects import check_questions, settle_objects
 from samtune.data.prompts import prompts_to_score
 from samtune.engine import distributed
-from samtune.engine.checkpoint import read_metadata
 from samtune.engine.distributed import Process
 from samtune.engine.logbook import Logbook
 from samtune.engine.optim import use_tf32
@@ -39,7 +38,13 @@ from samtune.pipeline import check_pairs, usable
 from samtune.run_folder import RunFolder, newest
 from samtune.sources import look_into_shards, scored_sets
 from samtune.tensor_files import file_sha256
-from samtune.trained import load_trained, load_untuned, options_of, trained_file
+from samtune.trained import (
+    load_trained,
+    load_untuned,
+    options_of,
+    read_description,
+    trained_file,
+)
 
 EXAMPLES = 6  # pictures on the sheet
 _SAID = {"box": "the box of the true mask", "none": "nothing"}
@@ -54,7 +59,7 @@ def run(config: EvaluateConfig, process: Process) -> dict:
     wanted = config.evaluate
     with distributed.together():
         file = trained_file(wanted.run_dir or newest().path)
-        metadata = read_metadata(file)
+        metadata = read_description(file)
         test, read, prompts = _inherit(config, metadata)
         folder = RunFolder(wanted.output_dir or file.parent)
     indexes = look_into_shards(process, test)
@@ -240,7 +245,8 @@ def _origin(file: Path, metadata: dict) -> dict:
 def _write_table(path: Path, results: dict[str, Judged]) -> None:
     """One line per picture (volume, object), a column per model and score."""
     rows = {name: {row["id"]: row for row in result.table} for name, result in results.items()}
-    with path.open("w", newline="") as file:
+    # names come from annotations and file names: they are data, whatever they hold
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
         columns = [
             (name, score)

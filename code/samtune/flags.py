@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from collections.abc import Callable, Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from datetime import date
 from pathlib import Path
 from typing import get_type_hints
 
@@ -22,6 +24,7 @@ from samtune.errors import UserError
 
 _TRUE = {"yes", "true", "t", "y", "1", "on"}
 _FALSE = {"no", "false", "f", "n", "0", "off"}
+_MOST_YAML = 2**20  # bytes of a file of options; a real one has a few thousand
 
 
 class Parser(argparse.ArgumentParser):
@@ -107,7 +110,7 @@ def peek(argv: Sequence[str], name: str, default: str) -> str:
     value = getattr(given, name)
     if value is None and given.config:
         value = _load_yaml(given.config).get(name)
-    return default if value is None else str(value)
+    return default if value is None else value
 
 
 def dump(instances: Sequence) -> dict:
@@ -126,40 +129,81 @@ def _read_yaml(path: str, groups: Sequence[type], foreign: dict, choices: dict) 
     """The options in a YAML file, checked as flags are."""
     values = _load_yaml(path)
     known = [f.name for group in groups for f in fields(group)]
-    types = {name: kind for group in groups for name, kind in get_type_hints(group).items()}
-    allowed = {
-        f.name: choices.get(f.name) or f.metadata.get("choices")
-        for group in groups
-        for f in fields(group)
-    }
-    result = {}
-    for name, value in values.items():
+    for name in values:
         if name not in known:
             raise UserError(f"{path}: " + _unknown_flag(f"--{name}", known, foreign))
-        try:
-            result[name] = _TYPES[types[name]](value if isinstance(value, str) else str(value))
-        except (argparse.ArgumentTypeError, ValueError) as error:
-            raise UserError(f"{path}: {name}: {error}") from None
-        if allowed[name] and result[name] not in allowed[name]:
-            raise UserError(
-                f"{path}: {name}: invalid choice: {value!r} (choose from "
-                f"{', '.join(map(repr, allowed[name]))})"
-            )
+    return checked(values, groups, path, choices)
+
+
+def checked(values: dict, groups: Sequence[type], path: str | Path, choices: dict) -> dict:
+    """Of `values`, which a file at `path` holds, the options of these groups, as flags are read.
+
+    choices: values of a flag that only the caller knows. Raises UserError for a value of another
+    type, and for one that is not among an option's.
+    """
+    result = {}
+    for group in groups:
+        types = get_type_hints(group)
+        for f in fields(group):
+            if f.name in values:
+                allowed = choices.get(f.name) or f.metadata.get("choices")
+                result[f.name] = _checked(values[f.name], types[f.name], allowed, f.name, path)
     return result
 
 
-def _load_yaml(path: str) -> dict:
+def _checked(value, kind: type, allowed: Sequence | None, name: str, path: str | Path):
+    """One value of a file as a flag of this type and these choices would be read."""
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        result = _TYPES[kind](_text(value))
+    except (argparse.ArgumentTypeError, ValueError) as error:
+        raise UserError(f"{path}: {name}: {error}") from None
+    if allowed and result not in allowed:
+        raise UserError(
+            f"{path}: {name}: invalid choice: {value!r} (choose from "
+            f"{', '.join(map(repr, allowed))})"
+        )
+    return result
+
+
+def _text(value) -> str:
+    """A value of a file as a flag's text. Raises ValueError for what no flag could say.
+
+    A list is never written out: a few lines of YAML can nest one to more than memory holds.
+    """
+    text = "" if value is None else str(value) if isinstance(value, _PLAIN) else None
+    if text is None or "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
+        raise ValueError("expected a number, plain text, yes or no")
+    return text
+
+
+def _texts(values: dict) -> Iterator[tuple[str, str]]:
+    for name, value in values.items():
+        try:
+            yield name, _text(value)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+
+
+def _load_yaml(path: str) -> dict[str, str]:
+    """The lines of a YAML file, by name."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(_MOST_YAML + 1)
+        if len(text) > _MOST_YAML:
+            raise UserError(f"--config {path}: is no file of options; it is too large")
+        values = yaml.safe_load(text)
+        if values is None:
+            return {}
+        if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+            raise UserError(f"--config {path}: expected lines of the form `name: value`")
+        return dict(_texts(values))
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path} is not valid YAML: {error}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UserError(f"--config {path}: expected lines of the form `name: value`")
-    return values
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        # what PyYAML lets through: a date that is none, a tag on another value, endless brackets
+        raise UserError(f"--config {path}: a value cannot be read ({error})") from None
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -203,9 +247,12 @@ def _integer(text: str) -> int:
 
 def _number(text: str) -> float:
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
+        number = math.nan
+    if math.isnan(number):
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}")
+    return number
 
 
 def _reader(read: Callable[[str], object]) -> Callable[[str], object]:
@@ -220,6 +267,7 @@ def _reader(read: Callable[[str], object]) -> Callable[[str], object]:
     return convert
 
 
+_PLAIN = (str, int, float, date)  # what a line of YAML may give; `yes` is a bool, which is an int
 _TYPES = {
     bool: _boolean, int: _integer, float: _number, str: str,
     **{kind: _reader(read) for kind, read in (

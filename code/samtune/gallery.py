@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +33,9 @@ from samtune.pipeline import original_boxes
 from samtune.run_folder import RunFolder
 from samtune.structures import Batch, Prediction, Sample
 from samtune.threads import InOrder
+
+_NO_FILE_NAME = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
+_LONGEST = 60  # characters between slashes; of four bytes each, a file system takes that many
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,22 @@ def _draw_classes(read: ReadOptions, colours: np.ndarray) -> Drawing:
     )
 
 
+def file_below(name: str, image_id: str) -> str:
+    """The path of a row's .png below any folder.
+
+    name: the image's id, whose slashes are folders, and what is asked about it, whose slashes are
+    not: it comes from annotations and flags. What no file can be called, or what would lead
+    elsewhere, becomes `_`, and a part of the name's SHA-256 keeps such names apart.
+    """
+    asked = name[len(image_id) :].replace("/", "_")
+    parts = _NO_FILE_NAME.sub("_", image_id + asked).split("/")
+    parts = [part[:_LONGEST] if part.strip(".") else "_" for part in parts]
+    path = "/".join(parts)
+    if path != name:
+        path += "-" + hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{path}.png"
+
+
 class Pictures:
     """Keeps the predicted masks that a picture needs, and draws them over their images.
 
@@ -127,8 +148,9 @@ class Pictures:
 
     def _write(self, name: str, key: str, mask: np.ndarray, box: list[float] | None) -> None:
         picture = self.draw.answer(self._image(key), mask, self._truth(key), box)
-        self.draw.write(self.folder.predictions / "masks" / f"{name}.png", mask)
-        write_png(self.folder.predictions / "overlays" / f"{name}.png", picture)
+        file = file_below(name, key)
+        self.draw.write(self.folder.predictions / "masks" / file, mask)
+        write_png(self.folder.predictions / "overlays" / file, picture)
 
     def _keep(self, name: str, key: str, mask: np.ndarray, box: list[float] | None) -> None:
         """For the sheet: what the rows of an image show together."""

@@ -10,12 +10,12 @@ from torch import Tensor
 from samtune.adapters import ADAPTERS
 from samtune.config import MergeOptions
 from samtune.engine import distributed
-from samtune.engine.checkpoint import read_metadata, write_atomically
+from samtune.engine.checkpoint import write_atomically
 from samtune.engine.distributed import Process
 from samtune.models import MODEL_TYPES
 from samtune.run_folder import newest
 from samtune.tensor_files import read_state_dict
-from samtune.trained import base_file, load_trained, trained_file
+from samtune.trained import base_file, load_trained, read_description, trained_file
 
 
 def run(options: MergeOptions, process: Process) -> None:
@@ -25,7 +25,7 @@ def run(options: MergeOptions, process: Process) -> None:
     """
     with distributed.together():
         file = trained_file(options.run_dir or newest().path)
-        metadata = read_metadata(file)
+        metadata = read_description(file)
         model = load_trained(file, options.checkpoint)
         state = ADAPTERS[metadata["adapter"]].merge(model)
         package = "segment_anything"

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from samtune.errors import UserError
+from samtune.errors import OutOfMemory, UserError
 
 # Common keys around a state dict, and common beginnings of all its names (the last two are
 # torch_em's and micro-sam's).
@@ -34,8 +33,13 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         state = state[inner[0]]
     if not isinstance(state, dict) or not state:
         raise UserError(f"{path} does not hold tensors by name, so it is no checkpoint")
-    if strange := [name for name, value in state.items() if not isinstance(value, Tensor)]:
-        raise UserError(f"{path} is no checkpoint: its entry {strange[0]!r} is not a tensor")
+    for name, value in state.items():
+        if not isinstance(name, str):
+            raise UserError(f"{path} is no checkpoint: one of its names is {name!r}")
+        if not isinstance(value, Tensor):
+            raise UserError(f"{path} is no checkpoint: its entry {name!r} is not a tensor")
+        if value.is_meta or value.is_quantized or value.layout != torch.strided:
+            raise UserError(f"{path} is no checkpoint: its tensor {name!r} holds no plain numbers")
     for prefix in _PREFIXES:
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
@@ -64,21 +68,38 @@ def read_tensors(path: str | Path) -> Any:
         raise UserError(f"{path} is a web page, not a checkpoint: download the file itself")
     if head.startswith(b"version https://git-lfs"):
         raise UserError(f"{path} only points to a checkpoint: fetch the file with `git lfs pull`")
-    damaged = f"{path} is damaged or not whole: fetch it again"
+    damaged = UserError(f"{path} is damaged or not whole: fetch it again")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         mmap = zipfile.is_zipfile(path)  # torch's format since 1.6; an older one is read whole
+        if mmap:
+            _refuse_compressed(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except UserError:
+        raise
+    except MemoryError:
+        raise OutOfMemory(f"{path}: reading it takes more memory than there is") from None
     except pickle.UnpicklingError as error:
         if "GLOBAL" not in str(error):
-            raise UserError(damaged) from None
+            raise damaged from None
         raise UserError(
             f"{path} holds more than tensors, which could run code when read: save its state dict "
             "alone and use that"
         ) from None
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError):
-        raise UserError(damaged) from None
+    except Exception:  # a damaged file makes a reader stumble over anything
+        raise damaged from None
+
+
+def _refuse_compressed(path: Path) -> None:
+    """Raise UserError for a zip whose members are compressed, as torch never writes one.
+
+    Little can unpack to more than memory holds, and torch would map the packed bytes as numbers.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise UserError(f"{path} is a compressed zip, not a checkpoint: unpack it")
 
 
 def file_sha256(path: str | Path) -> str:

@@ -5,9 +5,17 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from pathlib import Path
 
-from samtune import __version__
+from samtune import __version__, flags
 from samtune.adapters import ADAPTERS, build_model, build_untuned
-from samtune.config import ModelOptions, ReadOptions, Size
+from samtune.config import (
+    ModelOptions,
+    PromptOptions,
+    ReadOptions,
+    Size,
+    TestDataOptions,
+    TrainDataOptions,
+)
+from samtune.data.codings import coding_of
 from samtune.engine.checkpoint import load_adapted, read_metadata
 from samtune.errors import UserError
 from samtune.models import MODEL_TYPES
@@ -24,7 +32,7 @@ def load_trained(path: str | Path, checkpoint: str = "") -> PromptedSam:
     Raises UserError if a file is missing, or was made for other base weights.
     """
     path = trained_file(path)
-    metadata = read_metadata(path)
+    metadata = read_description(path)
     options = options_of(metadata, ModelOptions)
     adapter = ADAPTERS[options.adapter]
     base = base_file(metadata, checkpoint)
@@ -46,7 +54,7 @@ def load_untuned(path: str | Path, checkpoint: str = "") -> PromptedSam | None:
 
     None where the run's frame is none for SAM itself, whose patches must fill it.
     """
-    metadata = read_metadata(trained_file(path))
+    metadata = read_description(trained_file(path))
     patch = MODEL_TYPES[metadata["model_type"]].patch_size
     if any(side % patch for side in Size.read(metadata["image_size"])):
         return None
@@ -82,6 +90,34 @@ def trained_file(path: str | Path) -> Path:
     if not path.is_file():
         raise UserError(f"--run_dir {path}: no such file")
     return path
+
+
+def read_description(path: str | Path) -> dict:
+    """What `describe` said in this file, its options checked as flags are.
+
+    Raises UserError where the file says something else.
+    """
+    metadata = read_metadata(path)
+    config, words = metadata.get("config"), ("adapter", "model_type", "base_file", "base_sha256")
+    if (
+        not isinstance(config, dict)
+        or not {"prompt", "seed", "adapter", "model_type", "train"} <= config.keys()
+        or not {"image_size", "epoch"} <= metadata.keys()
+        or not all(isinstance(metadata.get(word), str) for word in words)
+        or type(config["seed"]) is not int
+    ):
+        raise UserError(f"{path} does not say which model it belongs to: not samtune's")
+    choices = {"model_type": tuple(MODEL_TYPES), "adapter": tuple(ADAPTERS)}
+    groups = (ModelOptions, ReadOptions, PromptOptions, TestDataOptions, TrainDataOptions)
+    config |= flags.checked(config, groups, path, choices)
+    config |= flags.checked(config, [ADAPTERS[config["adapter"]].options], path, choices)
+    metadata["image_size"] = flags.checked(
+        {"image_size": metadata["image_size"]}, [ModelOptions], path, choices
+    )["image_size"].plain
+    if any(metadata[name] != config[name] for name in ("adapter", "model_type")):
+        raise UserError(f"{path} names two adapters or model types: it is damaged; fetch it again")
+    coding_of(options_of(metadata, ReadOptions))
+    return metadata
 
 
 def options_of(metadata: dict, group: type):

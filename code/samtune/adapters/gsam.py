@@ -62,11 +62,12 @@ def settle(
     """
     if options.cnn_weights != "auto":
         return options, ""
-    path = folder / RESNETS[options.resnet_depth].file
+    resnet = RESNETS[options.resnet_depth]
+    path = folder / resnet.file
     url, failure = _TORCHVISION + path.name, ""
     if download and not path.is_file():
         try:
-            fetch(url, path, sha256=path.stem.rpartition("-")[2])
+            fetch(url, path, resnet.sha256)
         except OSError as error:
             failure = f" (they could not be fetched: {error})"
     if path.is_file():

@@ -29,8 +29,8 @@ ADAPTER_SCALE = 0.5  # weight of the adapter beside each MLP
 class ResNet(NamedTuple):
     """The sizes of a ResNet's stem and first three stages.
 
-    file: torchvision's ImageNet weights (IMAGENET1K_V1), whose name ends in the beginning of their
-    SHA-256.
+    file, sha256: torchvision's ImageNet weights (IMAGENET1K_V1); the name ends in the beginning of
+    the digest.
     """
 
     block: type[BasicBlock] | type[Bottleneck]
@@ -38,12 +38,28 @@ class ResNet(NamedTuple):
     stem: int = 64
     planes: tuple[int, ...] = (64, 128, 256)
     file: str = ""
+    sha256: str = ""
 
 
 RESNETS = {
-    18: ResNet(BasicBlock, (2, 2, 2), file="resnet18-f37072fd.pth"),
-    50: ResNet(Bottleneck, (3, 4, 6), file="resnet50-0676ba61.pth"),
-    101: ResNet(Bottleneck, (3, 4, 23), file="resnet101-63fe2227.pth"),
+    18: ResNet(
+        BasicBlock,
+        (2, 2, 2),
+        file="resnet18-f37072fd.pth",
+        sha256="f37072fd47e89c5e827621c5baffa7500819f7896bbacec160b1a16c560e07ec",
+    ),
+    50: ResNet(
+        Bottleneck,
+        (3, 4, 6),
+        file="resnet50-0676ba61.pth",
+        sha256="0676ba61b6795bbe1773cffd859882e5e297624d384b6993f7c9e683e722fb8a",
+    ),
+    101: ResNet(
+        Bottleneck,
+        (3, 4, 23),
+        file="resnet101-63fe2227.pth",
+        sha256="63fe2227b86e8f1f2063f43a75c84d195911b6a0eace650907dd3dc62dd49a0a",
+    ),
 }
 
 

@@ -1,18 +1,28 @@
-"""Annotations in COCO's JSON, read through pycocotools: each object keeps a mask of its own."""
+"""Annotations in COCO's JSON, read through pycocotools: each object keeps a mask of its own.
+
+Its compiled part trusts what it is told, so polygons and run lengths are looked at before it draws
+them: far corners would take all memory, runs of another length would end outside of the picture.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
+import math
+import os
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from samtune.data.files import Pair
+from samtune.data.files import Pair, is_text
+from samtune.data.limits import check_bytes, check_pixels
 from samtune.errors import UserError
+
+_MOST_OUTLINE = 2**22  # pixels along a polygon: pycocotools keeps some hundred bytes of each
 
 
 class Annotations(NamedTuple):
@@ -34,7 +44,7 @@ def find_described(image_dir: str | Path, annotations: str | Path, flag: str) ->
     """
     path = Path(annotations)
     pairs = [Pair(name, Path(image_dir) / name, path) for name in _load(path)[1]]
-    missing = [pair.id for pair in pairs if not pair.image_path.is_file()]
+    missing = [pair.id for pair in pairs if not os.path.isfile(pair.image_path)]
     if missing:
         raise UserError(
             f"{flag} {image_dir}: {len(missing)} of the {len(pairs)} images that {path} describes "
@@ -57,18 +67,47 @@ def read_annotations(path: Path, image_name: str) -> Annotations:
     unread = np.zeros((image["height"], image["width"]), bool)
     for annotation in coco.imgToAnns[image["id"]]:
         try:
+            _check_segmentation(annotation["segmentation"], unread.shape)
             mask = coco.annToMask(annotation) > 0
-        except (TypeError, KeyError, ValueError, IndexError) as error:
+            category = coco.cats.get(annotation.get("category_id"), {}).get("name", "object")
+        except Exception as error:  # pycocotools raises bare exceptions, too
             raise UserError(
                 f"{path}: annotation {annotation.get('id')} has no readable segmentation: {error}"
             ) from None
         if annotation.get("iscrowd"):
             unread |= mask
             continue
-        category = coco.cats.get(annotation.get("category_id"), {}).get("name", "object")
         masks.append(mask)
         names.append(f"{category}:{annotation['id']}")
     return Annotations(masks, names, unread)
+
+
+def _check_segmentation(segmentation: Any, size: tuple[int, int]) -> None:
+    """Raise ValueError for polygons or run lengths that do not belong into a picture of (H, W)."""
+    if isinstance(segmentation, dict):
+        counts = segmentation["counts"]
+        if list(segmentation["size"]) != list(size):
+            raise ValueError(f"its size is {segmentation['size']}, the image's {list(size)}")
+        if isinstance(counts, list) and (
+            not all(type(c) is int and c >= 0 for c in counts) or sum(counts) != math.prod(size)
+        ):
+            raise ValueError("its run lengths do not add up to the image")
+        return
+    if not segmentation:
+        raise ValueError("it is empty")
+    for polygon in segmentation:
+        if (
+            len(polygon) < 6
+            or len(polygon) % 2
+            or not all(type(v) in (int, float) for v in polygon)
+        ):
+            raise ValueError("a polygon is a list of at least three x, y")
+        points = list(zip(polygon[0::2], polygon[1::2], strict=True))
+        if not all(-w <= v <= 2 * w for p in points for v, w in zip(p, size[::-1], strict=True)):
+            raise ValueError("a corner lies far outside of the image")
+        sides = pairwise([*points, points[0]])
+        if sum(max(abs(a - c), abs(b - d)) for (a, b), (c, d) in sides) > _MOST_OUTLINE:
+            raise ValueError("its outline is longer than an image can hold")
 
 
 @lru_cache(maxsize=4)
@@ -81,12 +120,33 @@ def _load(path: Path) -> tuple:
             f"{path}: reading COCO annotations needs pycocotools: pip install pycocotools"
         ) from None
     try:
+        check_bytes(os.path.getsize(path), path)
         with contextlib.redirect_stdout(io.StringIO()):  # it reports progress there
             coco = COCO()
-            coco.dataset = json.loads(Path(path).read_text())
+            coco.dataset = json.loads(Path(path).read_text(encoding="utf-8"))
             coco.createIndex()
-        return coco, {image["file_name"]: image for image in coco.dataset["images"]}
+        return coco, _by_name(coco.dataset["images"], path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: is no COCO annotation file: {error!r}") from None
+
+
+def _by_name(images: list[dict], path: Path) -> dict[str, dict]:
+    """The images by file name. Raises UserError where annotations could meet a wrong image."""
+    by_name, ids = {}, set()
+    for image in images:
+        name, id = image["file_name"], image["id"]
+        if not (isinstance(name, str) and is_text(name) and name) or "\0" in name:
+            raise UserError(f"{path}: {name!r} is no name of a file")
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"{path}: the image {name} leads out of its folder; move it inside")
+        if name in by_name or id in ids:
+            raise UserError(f"{path}: describes {name} twice, or two images as number {id!r}")
+        height, width = image["height"], image["width"]
+        if type(height) is not int or type(width) is not int:
+            raise UserError(f"{path}: gives {name} the size {width!r} x {height!r}")
+        check_pixels(width, height, f"{path}, {name}")
+        by_name[name] = image
+        ids.add(id)
+    return by_name

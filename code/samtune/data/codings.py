@@ -68,7 +68,7 @@ class Table:
 
     def ids(self, values: np.ndarray, path: str | Path) -> np.ndarray:
         """(H, W[, channels]) file values -> (H, W) uint8. Raises UnknownValues."""
-        values = self._values(values)
+        values = self._values(values, path)
         known = np.array(sorted(self.entries), np.int64)
         ids = np.array([self.entries[value] for value in known.tolist()], np.uint8)
         place = np.searchsorted(known, values).clip(max=len(known) - 1)
@@ -78,10 +78,12 @@ class Table:
                                  path)  # fmt: skip
         return ids[place]
 
-    def _values(self, values: np.ndarray) -> np.ndarray:
-        """(H, W): the numbers that `entries` is asked for."""
+    def _values(self, values: np.ndarray, path: str | Path) -> np.ndarray:
+        """(H, W): the numbers that `entries` is asked for. Raises UserError for no 8-bit colour."""
         if not self.coloured:
             return values
+        if values.dtype != np.uint8 and not np.isin(values, np.arange(256)).all():
+            raise UserError(f"{path}: {self.name} is about colours of 8 bits; save the mask so")
         if values.ndim == 2 or values.shape[2] < 3:
             grey = values if values.ndim == 2 else values[..., 0]
             values = np.repeat(grey[..., None], 3, axis=2)
@@ -113,6 +115,8 @@ def coding_of(read: ReadOptions) -> Cut | Table | None:
 
     Raises UserError where flags contradict each other or the number of classes.
     """
+    if not 1 <= read.num_classes <= IGNORE:
+        raise UserError(f"--num_classes {read.num_classes}: must be from 1 to {IGNORE}")
     if read.class_colours:
         if read.mask_coding != "auto":
             raise UserError(

@@ -2,27 +2,30 @@
 
 Pillow decodes, because it refuses a truncated file where OpenCV returns a grey-filled one. Two
 kinds are beyond it: it cuts 16-bit colour down to 8 bits and does not know float colour; OpenCV
-reads those.
+reads those. Of Pillow's formats only those of pictures are open: some of the others start programs
+(EPS runs Ghostscript).
 """
 
 from __future__ import annotations
 
 import io
-import struct
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from samtune.data.arrays import ArraySlice, read_slice
+from samtune.data.limits import MOST_PIXELS, check_pixels
 from samtune.data.tar_files import TarMember, read_bytes
-from samtune.errors import UserError
+from samtune.errors import OutOfMemory, UserError
 
 _ORIENTATION = 0x0112  # the EXIF and TIFF tag that says how a picture is to be turned
 _KEPT_MODES = {"1", "L", "LA", "RGB", "RGBA", "I", "F", "I;16", "I;16B", "I;16L", "I;16N"}
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, KeyError, IndexError)
+_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "DIB", "WEBP", "GIF", "JPEG2000", "PPM")
+_TIFF_WIDTH, _TIFF_HEIGHT = 256, 257  # tags
 
 
 class Decoded(NamedTuple):
@@ -41,29 +44,42 @@ def decode(path: str | Path | ArraySlice | TarMember, palette_indices: bool = Fa
     """Decode a file as it is, turned upright if it carries an orientation tag.
 
     palette_indices: a palette file gives its indices instead of its colours. Raises UserError for a
-    file that is missing, no picture, truncated, a stack of pages, or too large.
+    file that is missing, no picture, truncated, a stack of pages, or too large, which its header
+    says before anything is decoded.
     """
     if isinstance(path, ArraySlice):
         return Decoded(read_slice(path), lossy=False, turned=False)
     try:
-        source = io.BytesIO(read_bytes(path)) if isinstance(path, TarMember) else path
-        with Image.open(source) as picture:
-            return _decode(picture, path, palette_indices)
+        return _decode_file(path, palette_indices)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
-    except Image.UnidentifiedImageError:
-        array = cv2.imdecode(_bytes(path), cv2.IMREAD_UNCHANGED)  # float colour TIFF
-        if array is None or array.dtype == np.uint8:
-            raise UserError(f"{path}: not a readable image; replace or remove it") from None
-        return Decoded(_to_rgb_order(array), lossy=False, turned=False)
-    except Image.DecompressionBombError:
-        raise UserError(f"{path}: too many pixels to read at once; cut it into tiles") from None
+    except Image.DecompressionBombError as error:  # Pillow's own bound is twice the one it is given
+        pixels = int(re.search(r"\d+", str(error))[0])
+        raise UserError(
+            f"{path}: {pixels:,} pixels are more than the {MOST_PIXELS:,} that are read at once; "
+            "cut it into tiles"
+        ) from None
     except MemoryError:
-        raise
-    except _DECODE_ERRORS as error:
+        raise OutOfMemory(f"{path}: decoding it takes more memory than there is") from None
+    except Exception as error:  # a damaged file makes a reader stumble over anything
         if getattr(error, "errno", None):  # a folder, no permission, a dead disk
             raise UserError(f"{path}: {error.strerror}") from None
         raise UserError(f"{path}: truncated or damaged ({error}); replace or remove it") from None
+
+
+def _decode_file(path: str | Path | TarMember, palette_indices: bool) -> Decoded:
+    Image.MAX_IMAGE_PIXELS = MOST_PIXELS  # else it warns far below
+    Image.init()
+    formats = [name for name in _FORMATS if name in Image.OPEN]  # a build may lack one
+    source = io.BytesIO(read_bytes(path)) if isinstance(path, TarMember) else path
+    try:
+        with Image.open(source, formats=formats) as picture:
+            check_pixels(*picture.size, path)
+            return _decode(picture, path, palette_indices)
+    except Image.UnidentifiedImageError:
+        return Decoded(_float_colour(path), lossy=False, turned=False)
 
 
 def _decode(picture: Image.Image, path: str | Path | TarMember, palette_indices: bool) -> Decoded:
@@ -74,13 +90,14 @@ def _decode(picture: Image.Image, path: str | Path | TarMember, palette_indices:
     deep_colour = picture.mode in ("RGB", "RGBA", "LA") and any(
         ";16" in str(tile[3]) for tile in picture.tile
     )
+    stored_size = picture.size
     turned = picture.getexif().get(_ORIENTATION, 1) not in (0, 1)
     picture.load()  # also before OpenCV reads the file: OpenCV does not say that it is truncated
     orientation = picture.getexif().get(_ORIENTATION, 1)  # Pillow has turned a TIFF already
     if deep_colour:
         if turned and picture.format == "TIFF":
             raise UserError(f"{path}: 16-bit colour TIFF with an orientation tag; save it upright")
-        array = _to_rgb_order(cv2.imdecode(_bytes(path), cv2.IMREAD_UNCHANGED))
+        array = _by_opencv(path, stored_size)
     elif picture.mode in (_KEPT_MODES | {"P", "PA"} if palette_indices else _KEPT_MODES):
         array = np.asarray(picture)
     else:  # palette, CMYK, YCbCr, ...
@@ -89,9 +106,38 @@ def _decode(picture: Image.Image, path: str | Path | TarMember, palette_indices:
     return Decoded(_turn(array.astype(array.dtype.newbyteorder("=")), orientation), lossy, turned)
 
 
-def _bytes(path: str | Path | TarMember) -> np.ndarray:
+def _float_colour(path: str | Path | TarMember) -> np.ndarray:
+    """A TIFF of float colour, (H, W, 3 or 4); its size is looked up before it is decoded."""
+    try:
+        size = _tiff_size(read_bytes(path))
+        check_pixels(*size, path)
+        array = _by_opencv(path, size)
+    except (UserError, OSError):
+        raise
+    except Exception:
+        array = None
+    if array is None or array.dtype == np.uint8:
+        raise UserError(f"{path}: not a readable image; replace or remove it")
+    return array
+
+
+def _tiff_size(content: bytes) -> tuple[int, int]:
+    """(W, H) as the first directory of a TIFF says."""
+    tags = TiffImagePlugin.ImageFileDirectory_v2(content[: 16 if content[2] == 43 else 8])
+    with io.BytesIO(content) as file:
+        file.seek(tags.next)
+        tags.load(file)
+    return int(tags[_TIFF_WIDTH]), int(tags[_TIFF_HEIGHT])
+
+
+def _by_opencv(path: str | Path | TarMember, size: tuple[int, int]) -> np.ndarray:
+    """What OpenCV decodes, if it is of the (W, H) that the header says; raises ValueError."""
     # imdecode instead of imread: it ignores no orientation tag on its own, and any path works
-    return np.frombuffer(read_bytes(path) or b"\0", np.uint8)
+    content = np.frombuffer(read_bytes(path) or b"\0", np.uint8)
+    array = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
+    if array is None or array.shape[1::-1] != size:
+        raise ValueError("no pixels of its size in it")
+    return _to_rgb_order(array)
 
 
 def _to_rgb_order(array: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -79,7 +79,7 @@ class FeatureFiles:
         return self._open(name, self._read)
 
     def _read(self, file, metadata: dict) -> tuple[Tensor, tuple[int, int]]:
-        height, width = json.loads(metadata["picture_size"])
+        height, width = map(int, json.loads(metadata["picture_size"]))
         features = file.get_tensor(_TENSOR).to(self.form.given)  # memory-mapped
         order = json.loads(metadata["order"])
         return features.permute([order.index(axis) for axis in range(len(order))]), (height, width)
@@ -93,12 +93,14 @@ class FeatureFiles:
                 header = file.get_slice(_TENSOR)
                 order = json.loads(metadata["order"])
                 shape = tuple(self.form.shape[axis] for axis in order)
-                if tuple(header.get_shape()) != shape:
+                if tuple(header.get_shape()) != shape or sorted(order) != list(range(len(shape))):
                     return None
                 if _CODES.get(header.get_dtype()) != self.form.stored:
                     return None
                 return look(file, metadata)
-        except (OSError, SafetensorError, ValueError, KeyError, IndexError):
+        except MemoryError:
+            raise
+        except Exception:  # a damaged file makes a reader stumble over anything
             return None
 
     def write(self, name: str, features: Tensor, picture_size: tuple[int, int]) -> None:

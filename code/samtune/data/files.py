@@ -148,11 +148,14 @@ def _list_pictures(folder: str | Path, flag: str) -> list[Path]:
         raise UserError(f"{flag} {folder}: there is no such folder") from None
     except OSError as error:
         raise UserError(f"{flag} {folder}: {error.strerror}") from None
-    pictures = [
-        Path(folder) / name
+    names = [
+        name
         for name in names
         if not name.startswith(".") and Path(name).suffix.lower() in EXTENSIONS
     ]
+    if strange := [name for name in names if not is_text(name)]:
+        raise UserError(f"{flag} {folder}: the name {strange[0]!r} is no UTF-8 text; rename it")
+    pictures = [Path(folder) / name for name in names]
     if not pictures:
         raise UserError(
             f"{flag} {folder}: no image file in it ({' '.join(sorted(EXTENSIONS))}; subfolders "
@@ -244,7 +247,13 @@ def _names(paths: list[Path], limit: int = 8) -> str:
     return names + (f" and {len(paths) - limit} more" if len(paths) > limit else "")
 
 
+def is_text(name: str) -> bool:
+    """Whether a name can be written down: bytes that are no UTF-8 are lone surrogates in it."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
 def natural(key: str) -> tuple:
     """Sort key: numbers in names by value; the key itself breaks ties, so the order is one."""
-    parts = re.split(r"(\d+)", key)
-    return [int(p) if i % 2 else p for i, p in enumerate(parts)], key
+    parts = re.split(r"([0-9]+)", key)
+    digits = (p.lstrip("0") if i % 2 else p for i, p in enumerate(parts))  # int() takes 4,300 only
+    return [(len(p), p) if i % 2 else p for i, p in enumerate(digits)], key

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from pathlib import Path
 
@@ -53,6 +54,8 @@ def _to_eight_bits(pixels: np.ndarray, intensity_range: str, path: str | Path) -
         low, high = np.percentile(pixels, (0.5, 99.5))
     else:
         low, high = parse_range(intensity_range)
+    if not np.isfinite(high - low):
+        raise UserError(f"{path}: its values lie further apart than numbers reach; scale them")
     scale = 255 / (high - low) if high > low else 0.0
     return np.clip((pixels.astype(np.float64) - low) * scale + 0.5, 0, 255).astype(np.uint8)
 
@@ -64,6 +67,6 @@ def parse_range(text: str) -> tuple[float, float]:
         low, high = (float(part) for part in text.split(","))
     except ValueError:
         low = high = 0.0
-    if not low < high:
+    if not (low < high and math.isfinite(high - low)):
         raise UserError(f"--intensity_range {text}: expected 'auto' or LOW,HIGH with LOW < HIGH")
     return low, high

@@ -6,6 +6,7 @@ there (for messages), and which pairs does it hold.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from samtune.data.arrays import ArraySlice, count_slices
 from samtune.data.files import Affixes, Pair, natural, pair_known, select
-from samtune.data.lists import read_list
+from samtune.data.lists import listed_id, read_list
 from samtune.errors import UserError
 
 BARE = Affixes()  # a file is named by its key alone
@@ -135,18 +136,17 @@ class Lists:
 
     def pairs(self, root: Path) -> list[Pair]:
         """A pair per line, in the lists' order. Raises UserError."""
-        images, masks = (
-            [root / self.below / row[0] for row in read_list(root / name, "the list")]
-            for name in (self.images, self.masks)
-        )
+        names = [row[0] for row in read_list(root / self.images, "the list")]
+        images = [root / self.below / name for name in names]
+        masks = [root / self.below / row[0] for row in read_list(root / self.masks, "the list")]
         if len(images) != len(masks):
             raise UserError(
                 f"{root / self.images} has {len(images)} lines, {root / self.masks} {len(masks)}"
             )
         for file in (*images, *masks):
-            if not file.is_file():
+            if not os.path.isfile(file):  # a name may be one that no file can have
                 raise UserError(f"{file}: is in a list, but there is no such file")
-        ids = [str(path.relative_to(root / self.below).with_suffix("")) for path in images]
+        ids = [listed_id(name) for name in names]
         if len(set(ids)) < len(ids):
             twice = Counter(ids).most_common(1)[0][0]
             raise UserError(f"{root / self.images}: {twice} is listed twice")

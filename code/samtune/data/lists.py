@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 from pathlib import Path
 
@@ -18,18 +19,23 @@ def read_list(path: str | Path, flag: str) -> list[list[str]]:
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = [line for line in text.splitlines() if line.strip()]
+        if "," in text:
+            rows = [[cell.strip() for cell in row] for row in csv.reader(lines)]
+        else:
+            rows = [re.split(r"\t+" if "\t" in line else r"\s+", line.strip()) for line in lines]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{flag} {path}: cannot be read ({error})") from None
-    lines = [line for line in text.splitlines() if line.strip()]
-    if "," in text:
-        rows = [[cell.strip() for cell in row] for row in csv.reader(lines)]
-    else:
-        rows = [re.split(r"\t+" if "\t" in line else r"\s+", line.strip()) for line in lines]
     if rows and rows[0][0].lower() in ("image", "image_path", "images"):
         rows = rows[1:]
     if not rows:
         raise UserError(f"{flag} {path}: no line in it")
     return rows
+
+
+def listed_id(name: str) -> str:
+    """An image's path as a list writes it, without extension; names a file below any folder."""
+    return "/".join(part for part in Path(name).with_suffix("").parts if part not in ("..", "/"))
 
 
 def listed_pairs(
@@ -50,10 +56,9 @@ def listed_pairs(
             )
         image, mask = (root / name for root, name in zip(roots, row, strict=True))
         for file in (image, mask):
-            if not file.is_file():
+            if not os.path.isfile(file):  # a name may be one that no file can have
                 raise UserError(f"{flag} {path}, entry {number}: {file}: there is no such file")
-        parts = Path(row[0]).with_suffix("").parts
-        id = "/".join(part for part in parts if part not in ("..", "/"))  # also names a file
+        id = listed_id(row[0])
         if id in seen:
             raise UserError(f"{flag} {path}, entry {number}: {row[0]} is listed twice")
         seen.add(id)

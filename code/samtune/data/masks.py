@@ -47,6 +47,8 @@ def mask_from(
 
     Values are 0 and 1, or class ids below `read.num_classes` where that is 2 or more, and `IGNORE`.
     """
+    if decoded.array.dtype.kind == "f" and not np.isfinite(decoded.array).all():
+        raise UserError(f"{path}: holds NaN or infinite values; replace them")
     if coding := coding_of(read):
         if decoded.lossy and coding.num_classes > 1:
             raise UserError(f"{path}: JPEG does not keep class ids; save masks as PNG")
@@ -60,8 +62,6 @@ def mask_from(
     if values.dtype == bool:  # one bit per pixel: there is nothing to decide
         above, remark = values, None
     elif read.mask_threshold >= 0:
-        if not np.isfinite(values).all():
-            raise UserError(f"{path}: holds NaN or infinite values; replace them")
         above, remark = values >= read.mask_threshold, None
     elif decoded.lossy:
         above, remark = _decide_lossy(values, path)
@@ -108,8 +108,8 @@ def _one_channel(array: np.ndarray, lossy: bool, path: str | Path) -> np.ndarray
         drawn_in_alpha = (array == array[:1, :1]).all() and (alpha != alpha[0, 0]).any()
         if drawn_in_alpha:
             return alpha
-    spread = array.max(axis=2) - array.min(axis=2)
-    if spread.max() > (_JPEG_CHROMA if lossy else 0):
+    high, low = array.max(axis=2), array.min(axis=2)
+    if (high.astype(int) - low > _JPEG_CHROMA if lossy else high != low).any():
         colours = np.unique(array.reshape(-1, array.shape[2]), axis=0)
         raise UserError(
             f"{path}: the mask is coloured ({len(colours)} colours: "

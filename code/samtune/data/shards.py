@@ -12,17 +12,18 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from samtune.config import ReadOptions
 from samtune.data.files import EXTENSIONS, Affixes, Pair, natural, pair_up
-from samtune.data.remote import is_url
+from samtune.data.remote import is_url, refuse_secrets
 from samtune.data.tar_files import ShardIndex, TarMember, index_tar
 from samtune.errors import UserError
 
 _MOST_SHARDS = 10**6
+_MOST_BRACES = 16  # in one path
 _THREADS = 8  # a shard that is far away answers late
 
 _log = logging.getLogger("samtune")
@@ -51,14 +52,17 @@ def named_shards(text: str, flag: str) -> list[str]:
     """The paths and URLs that a flag's text names, in its order.
 
     Commas separate; `{000..009}` and `{a,b}` stand for several, `*`, `?` and `[...]` for local
-    files. Raises UserError for text that cannot be read, names nothing, or names a shard twice.
+    files. Raises UserError for text that cannot be read, names nothing, names a shard twice, or
+    holds a password.
     """
     places = []
     for part in re.split(r",(?![^{}]*\})", text):
+        if is_url(part):
+            refuse_secrets(part.strip(), flag)
         for place in _unfold(part.strip(), flag):
             places += _matching(place, flag)
             if len(places) > _MOST_SHARDS:
-                raise UserError(f"{flag} {text}: names more than {_MOST_SHARDS} shards")
+                raise UserError(f"{flag} {text[:200]}: names more than {_MOST_SHARDS} shards")
     twice = [place for place, count in Counter(places).items() if count > 1]
     if twice:
         raise UserError(f"{flag} {text}: names {twice[0]} twice")
@@ -123,16 +127,21 @@ def _index_or_error(place: str) -> ShardIndex | UserError:
         return error
 
 
-def _unfold(text: str, flag: str) -> list[str]:
-    """The texts that one with braces stands for."""
+def _unfold(text: str, flag: str) -> Iterator[str]:
+    """The texts that one with braces stands for, one by one, as memory may not hold them."""
+    if text.count("{") > _MOST_BRACES:
+        raise UserError(
+            f"{flag}: more than {_MOST_BRACES} braces in {text[:80]}...; list the shards"
+        )
     found = re.search(r"\{([^{}]*)\}", text)
     if not found:
         if not text or "{" in text or "}" in text:
             raise UserError(f"{flag}: {text!r} names no shard; expected for example "
                             "data/train-{000..009}.tar")  # fmt: skip
-        return [text]
+        yield text
+        return
     inside = found[1]
-    if span := re.fullmatch(r"(\d+)\.\.(\d+)", inside):
+    if span := re.fullmatch(r"([0-9]{1,18})\.\.([0-9]{1,18})", inside):
         first, last = int(span[1]), int(span[2])
         if not 0 <= last - first < _MOST_SHARDS:
             raise UserError(f"{flag} {text}: {{{inside}}} counts from the smaller number up")
@@ -142,7 +151,8 @@ def _unfold(text: str, flag: str) -> list[str]:
     else:
         raise UserError(f"{flag} {text}: {{{inside}}} is neither FIRST..LAST nor a list")
     head, tail = text[: found.start()], text[found.end() :]
-    return [place for value in values for place in _unfold(head + value + tail, flag)]
+    for value in values:
+        yield from _unfold(head + value + tail, flag)
 
 
 def _matching(place: str, flag: str) -> list[str]:

@@ -16,12 +16,14 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
+from samtune.data.limits import check_bytes
 from samtune.data.remote import is_url, open_url, read_range
 from samtune.errors import UserError
 
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstandard
 _TAIL = 2**20  # bytes that are looked at behind the last member; writers pad by less
 _OPEN_SHARDS = 64  # that a process keeps open
+_MOST_HEADER = 2**20  # bytes of a member's header, which is read as a whole
 
 
 class Shard(NamedTuple):
@@ -70,8 +72,8 @@ def index_tar(place: str, extensions: Collection[str]) -> ShardIndex:
     """The files of a tar whose names end with one of these (".png"), in the order of the tar.
 
     Hidden files and folders are passed over, links and other files too, but counted. Raises
-    UserError for a tar that is missing, compressed, truncated or damaged, and for a name that leads
-    out of it.
+    UserError for a tar that is missing, compressed, truncated or damaged, for a name that leads out
+    of it, and for a member too large to be a picture.
     """
     with _opened(place) as (file, shard):
         head = file.read(tarfile.BLOCKSIZE)
@@ -86,12 +88,16 @@ def index_tar(place: str, extensions: Collection[str]) -> ShardIndex:
             return index
         file.seek(0)
         try:
-            with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="strict") as tar:
+            with tarfile.open(
+                fileobj=_Bounded(file), mode="r:", encoding="utf-8", errors="strict"
+            ) as tar:
                 while (info := tar.next()) is not None:
                     tar.members.clear()  # it keeps them all
                     _add(index, shard, info, extensions)
                 _check_end(file, tar.offset, place)
-        except (tarfile.TarError, UnicodeError, OSError, EOFError, OverflowError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # a damaged header makes `tarfile` stumble over anything
             raise UserError(f"{place}: is no tar, or a damaged one ({error}); replace it") from None
     return index
 
@@ -114,6 +120,19 @@ def read_bytes(path: str | Path | TarMember) -> bytes:
     if len(content) != size:
         raise UserError(f"{path}: the tar ends before it; replace the tar")
     return content
+
+
+class _Bounded:
+    """A file for `tarfile`, which believes any length in a header: a negative one leads it in
+    circles, a huge one fills the memory."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.seek, self.tell = file, file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= _MOST_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self.file.read(size)
 
 
 class _LocalTar:
@@ -165,6 +184,8 @@ def _opened(place: str) -> Iterator[tuple[BinaryIO, Shard]]:
 def _add(index: ShardIndex, shard: Shard, info: tarfile.TarInfo, extensions) -> None:
     """Put one member into the index, or count it."""
     parts = [part for part in info.name.split("/") if part not in ("", ".")]
+    if "\0" in info.name:
+        raise UserError(f"{shard.place}: the name {info.name!r} is none of a file; repack it")
     if info.name.startswith("/") or ".." in parts:
         raise UserError(f"{shard.place}: the member {info.name} leads out of the tar; repack it")
     if info.size < 0 or (info.isreg() and info.offset_data + info.size > shard.size):
@@ -177,6 +198,7 @@ def _add(index: ShardIndex, shard: Shard, info: tarfile.TarInfo, extensions) -> 
     elif extension not in extensions:
         index.passed_over[extension or "no extension"] += 1
     else:
+        check_bytes(info.size, f"{shard.place}[{info.name}]")
         index.members.append(TarMember(shard, "/".join(parts), info.offset_data, info.size))
 
 

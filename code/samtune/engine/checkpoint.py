@@ -113,11 +113,14 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     """
     try:
         with safe_open(existing_file(path), "pt") as file:
-            return json.loads(file.metadata()[_METADATA_KEY])
+            metadata = json.loads(file.metadata()[_METADATA_KEY])
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is not a readable safetensors file: {error}") from None
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path} does not say what model it belongs to: not samtune's") from None
+    except (KeyError, TypeError, ValueError, RecursionError):
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise UserError(f"{path} does not say what model it belongs to: not samtune's")
+    return metadata
 
 
 def require_same(path: str | Path, saved: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

@@ -9,17 +9,38 @@ epoch was the best so far; any part may be missing.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 
 def read_epochs(path: Path) -> list[dict]:
     """The records of epochs in a file, in their order."""
-    return [record for record in map(json.loads, path.read_text().splitlines()) if is_epoch(record)]
+    return [record for record in _records(path) if is_epoch(record)]
+
+
+def _records(path: Path) -> Iterator[dict]:
+    """The records in a file, in their order.
+
+    What is none is passed over: a line that was being written when the run was killed, or that a
+    dying disk has turned into noise.
+    """
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+            _place(record)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            continue
+        yield record
+
+
+def _place(record: dict) -> tuple[float, float]:
+    """(epoch, step of it) that a record is about; raises what another value of JSON makes it."""
+    step = math.inf if is_epoch(record) else record["step_of_epoch"]
+    return record["epoch"] + 0, step + 0
 
 
 def is_epoch(record: dict) -> bool:
@@ -38,19 +59,11 @@ def append(path: Path, record: dict) -> None:
 
 def cut(path: Path, epoch: int, steps: int = 0) -> list[dict]:
     """Keep the records before `epoch` and those of its first `steps` steps, in the file
-    (atomically) and as the answer.
-
-    A line that is not valid JSON was being written when the run was killed: it goes as well.
+    (atomically) and as the answer. A line that is no record goes as well.
     """
     if not path.exists():
         return []
-    kept = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            record = json.loads(line)
-            place = record["epoch"], math.inf if is_epoch(record) else record["step_of_epoch"]
-            if place <= (epoch, steps):
-                kept.append(record)
+    kept = [record for record in _records(path) if _place(record) <= (epoch, steps)]
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w") as file:
         file.writelines(json.dumps(record) + "\n" for record in kept)

@@ -23,6 +23,8 @@ from samtune.models.positions import resize_pos_embed, resize_rel_pos
 from samtune.models.sam import resolve_model_type
 from samtune.tensor_files import CHUNK, read_state_dict
 
+_MOST_BYTES = 2**34  # of a download; the largest SAM has 2.4 GB
+
 
 @dataclass(frozen=True)
 class LoadReport:
@@ -197,17 +199,16 @@ def _missing(name: str, model_type: ModelType, path: Path, reason: str = "") -> 
 
 
 def fetch(url: str, path: Path, sha256: str) -> None:
-    """Fetch a file of weights; nothing is left at `path` unless it is whole.
+    """Fetch a file of weights; nothing is left at `path` unless it has this digest.
 
-    sha256: the digest, or its beginning where only that is published. Raises OSError where there is
-    no way to the file, UserError if it did not arrive whole.
+    Raises OSError where there is no way to the file, UserError if it did not arrive whole.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
     try:
         with os.fdopen(handle, "wb") as file:
             digest = _copy(url, file)
-        if not digest.startswith(sha256):
+        if digest != sha256:
             raise UserError(
                 f"{url} did not arrive whole (its SHA-256 is {digest}, not {sha256}): try again, "
                 f"or put the file at {path} yourself"
@@ -224,10 +225,12 @@ def _copy(url: str, file) -> str:
     """Copy a URL into an open file, with a progress bar; the SHA-256 of what was written."""
     digest = hashlib.sha256()
     with urllib.request.urlopen(url, timeout=30) as response:
-        size = int(response.headers.get("Content-Length", 0)) or None
+        length = response.headers.get("Content-Length", "")
+        size = int(length) if length.isdecimal() else None
         with tqdm(desc=url.rpartition("/")[2], total=size, unit="B", unit_scale=True) as bar:
             while chunk := response.read(CHUNK):
-                file.write(chunk)
+                if file.write(chunk) and file.tell() > _MOST_BYTES:
+                    raise OSError(f"more than {_MOST_BYTES:,} bytes came")
                 digest.update(chunk)
                 bar.update(len(chunk))
     return digest.hexdigest()
