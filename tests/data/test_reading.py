@@ -190,13 +190,6 @@ def test_stacks_folders_and_absent_files_are_refused(tmp_path, picture):
         read_image(tmp_path / "page.png", READ)
 
 
-def test_a_gigantic_image_is_refused_in_words(tmp_path, monkeypatch, picture):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
-    Image.fromarray(picture).save(tmp_path / "a.png")
-    with pytest.raises(UserError, match="cut it into tiles"):
-        read_image(tmp_path / "a.png", READ)
-
-
 # --- masks ---
 
 
