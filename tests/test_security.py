@@ -382,10 +382,12 @@ SECRET = "s3cr3t-0123456789abcdef"
         f"https://host/a.tar?access_token={SECRET}",
         f"simplecache::https://u:{SECRET}@host/a.tar",
         f"b.tar,https://u:{SECRET}@host/a.tar",
+        f"https://host/a.tar?sig=$SAMTUNE_{SECRET}",
+        f"https://host/a.tar?sig=$HOME{SECRET}",
     ],
 )
 def test_a_secret_in_a_url_is_refused_without_repeating_it(url):
-    with pytest.raises(UserError, match=r"--train_shards: .*write \$NAME") as error:
+    with pytest.raises(UserError, match=r"--train_shards: .*write \$SAMTUNE_NAME") as error:
         named_shards(url, "--train_shards")
     assert SECRET not in str(error.value)
 
@@ -393,7 +395,7 @@ def test_a_secret_in_a_url_is_refused_without_repeating_it(url):
 @pytest.mark.parametrize(
     "url",
     ["https://host/a.tar?version=3", "s3://bucket/a.tar", "sftp://me@host/a.tar",
-     "https://$USER:$PASSWORD@host/a.tar", "https://host/a.tar?sig=$SIG", "https://[::1/a.tar"],
+     "https://$SAMTUNE_USER:$SAMTUNE_PASSWORD@host/a.tar", "https://host/a.tar?sig=$SAMTUNE_SIG", "https://[::1/a.tar"],
 )  # fmt: skip
 def test_other_urls_are_taken(url):
     refuse_secrets(url, "--train_shards")
@@ -409,6 +411,9 @@ def test_a_variable_is_looked_up_and_never_told(tmp_path, monkeypatch):
     monkeypatch.setenv("SAMTUNE_TEST", SECRET)
     (index,) = index_shards([url])
     assert index.members == []
+    monkeypatch.setenv("OTHER", SECRET)  # a stranger's file must not learn of it
+    with pytest.raises(UserError, match=r"\$OTHER.*there is no such file"):
+        index_shards([f"file://{tmp_path}/$OTHER/0.tar"])
     for name in ("1.tar", ""):  # missing, and a folder: what fsspec says holds the path
         with pytest.raises(UserError) as error:
             index_shards([f"file://{tmp_path}/$SAMTUNE_TEST/{name}"])

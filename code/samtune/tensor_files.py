@@ -18,6 +18,7 @@ from samtune.errors import OutOfMemory, UserError
 # torch_em's and micro-sam's).
 _WRAPPERS = ("model", "state_dict", "model_state_dict", "model_state")
 _PREFIXES = ("module.", "sam.")
+_MOST_WRAPPERS = 8
 CHUNK = 1 << 20  # bytes
 
 
@@ -29,12 +30,14 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     it is no such file.
     """
     state = read_tensors(path)
-    while isinstance(state, dict) and (inner := [k for k in _WRAPPERS if k in state]):
+    for _ in range(_MOST_WRAPPERS):  # a pickle can hold itself
+        if not isinstance(state, dict) or not (inner := [k for k in _WRAPPERS if k in state]):
+            break
         state = state[inner[0]]
     if not isinstance(state, dict) or not state:
         raise UserError(f"{path} does not hold tensors by name, so it is no checkpoint")
     for name, value in state.items():
-        if not isinstance(name, str):
+        if not (isinstance(name, str) and name.isprintable()):  # it stands in tables and logs
             raise UserError(f"{path} is no checkpoint: one of its names is {name!r}")
         if not isinstance(value, Tensor):
             raise UserError(f"{path} is no checkpoint: its entry {name!r} is not a tensor")

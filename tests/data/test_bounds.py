@@ -452,11 +452,21 @@ def test_lines_that_are_no_records_are_passed_over(tmp_path):
     [
         ({"a": torch.zeros(2).to_sparse()}, "holds no plain numbers"),
         ({5: torch.zeros(2)}, "one of its names is 5"),
+        ({"a\nb": torch.zeros(2)}, r"one of its names is 'a\\nb'"),
+        ({"a\ud800": torch.zeros(2)}, "one of its names is"),
     ],
 )
 def test_tensors_that_are_no_plain_numbers(tmp_path, content, said):
     torch.save(content, tmp_path / "a.pth")
     with pytest.raises(UserError, match=said):
+        read_state_dict(tmp_path / "a.pth")
+
+
+def test_a_checkpoint_that_holds_itself_is_no_endless_search(tmp_path):
+    endless = {}
+    endless["model"] = endless
+    torch.save(endless, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="its entry 'model' is not a tensor"):
         read_state_dict(tmp_path / "a.pth")
 
 

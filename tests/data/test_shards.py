@@ -82,7 +82,7 @@ def names_of(pairs):
         ("t-{08..11}.tar", ["t-08.tar", "t-09.tar", "t-10.tar", "t-11.tar"]),
         ("{a,b}-{0..1}.tar,c.tar", ["a-0.tar", "a-1.tar", "b-0.tar", "b-1.tar", "c.tar"]),
         ("s3://bucket/{0..1}.tar", ["s3://bucket/0.tar", "s3://bucket/1.tar"]),
-        ("https://host/a.tar?sig=$SIG", ["https://host/a.tar?sig=$SIG"]),
+        ("https://host/a.tar?sig=$SAMTUNE_S", ["https://host/a.tar?sig=$SAMTUNE_S"]),
     ],
 )
 def test_commas_and_braces(text, places):

@@ -4,8 +4,8 @@ A file system is asked for anew at every access: fsspec keeps one per process an
 that was made before a fork must not be used after it.
 
 A URL stands in the files of a run, in its log and in Weights & Biases, so it may hold no password
-and no key: `$NAME` in it is a variable of the environment, looked up at each access and told to
-nobody.
+and no key: `$SAMTUNE_NAME` in it is a variable of the environment, looked up at each access and
+told to nobody. No other variable is, as a URL may come from the file of a stranger's run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from samtune.errors import UserError
 
-_VARIABLE = re.compile(r"\$([A-Za-z_]\w*)")
+_VARIABLE = re.compile(r"\$(SAMTUNE_\w+)")
 _SECRET = re.compile("sig|token|secret|passw|key|credential|auth", re.IGNORECASE)  # in a query
 _NAMED_USERS = ("sftp", "ssh", "ftp", "hdfs", "webhdfs", "smb")  # else a user may be a token, too
 _BLOCK = 2**20  # bytes that are read ahead where headers are: few requests, little in vain
@@ -42,10 +42,11 @@ def refuse_secrets(url: str, flag: str) -> None:
         words = [password] if colon else []
         words += [user] if at and parts.scheme not in _NAMED_USERS else []
         words += [value for name, value in parse_qsl(parts.query) if _SECRET.search(name)]
-        if not all(word.startswith("$") for word in words):
+        if not all(_VARIABLE.fullmatch(word) for word in words):
             raise UserError(
                 f"{flag}: a URL in it holds a password or a key, which would stand in every file "
-                "of the run; write $NAME in its place, and set NAME in the environment"
+                "of the run; write $SAMTUNE_NAME in its place, and set SAMTUNE_NAME in the "
+                "environment"
             )
 
 
