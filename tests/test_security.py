@@ -153,7 +153,7 @@ SHUT = {
     "subprocess.getstatusoutput", "yaml.load", "yaml.load_all", "yaml.full_load",
     "yaml.unsafe_load", "pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.loads",
     "shelve.open", "joblib.load", "torch.jit.load", "torch.hub.load", "tempfile.mktemp",
-    "shutil.unpack_archive", "pandas.read_pickle", "importlib.import_module",
+    "shutil.unpack_archive", "pandas.read_pickle",
 }  # fmt: skip
 SAFE_WITH = {
     "torch.load": ("weights_only", True),
