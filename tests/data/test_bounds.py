@@ -101,6 +101,18 @@ def test_a_decompression_bomb_is_refused_by_its_header(tmp_path, undecoded, kind
     assert re.search("60000 x 60000|3,600,000,000|4,611,686,014,132,420,609", str(e.value))
 
 
+def test_a_part_of_a_png_longer_than_the_file_gets_no_room(tmp_path, monkeypatch):
+    """OpenCV would make room for 4 GB; Pillow reads what is there and is content."""
+    deep = cv2.imencode(".png", np.zeros((4, 5, 3), np.uint16))[1].tobytes()
+    at = deep.index(b"IDAT") - 4
+    (tmp_path / "more.png").write_bytes(deep + b"\xff" * 100)  # behind the end anything may lie
+    assert decode(tmp_path / "more.png").array.shape == (4, 5, 3)
+    (tmp_path / "a.png").write_bytes(deep[:at] + b"\xff\xff\xff\xc8" + deep[at + 4 :])
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("it was decoded"))
+    with pytest.raises(UserError, match="a part of it is longer than the file"):
+        decode(tmp_path / "a.png")
+
+
 def test_the_bound_itself_is_allowed(tmp_path, monkeypatch):
     monkeypatch.setattr(limits, "MOST_PIXELS", 20)
     Image.fromarray(np.zeros((4, 5), np.uint8)).save(tmp_path / "fits.png")

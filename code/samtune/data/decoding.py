@@ -25,6 +25,7 @@ from samtune.errors import OutOfMemory, UserError
 _ORIENTATION = 0x0112  # the EXIF and TIFF tag that says how a picture is to be turned
 _KEPT_MODES = {"1", "L", "LA", "RGB", "RGBA", "I", "F", "I;16", "I;16B", "I;16L", "I;16N"}
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "DIB", "WEBP", "GIF", "JPEG2000", "PPM")
+_PNG = b"\x89PNG\r\n\x1a\n"
 _TIFF_WIDTH, _TIFF_HEIGHT = 256, 257  # tags
 
 
@@ -133,11 +134,25 @@ def _tiff_size(content: bytes) -> tuple[int, int]:
 def _by_opencv(path: str | Path | TarMember, size: tuple[int, int]) -> np.ndarray:
     """What OpenCV decodes, if it is of the (W, H) that the header says; raises ValueError."""
     # imdecode instead of imread: it ignores no orientation tag on its own, and any path works
-    content = np.frombuffer(read_bytes(path) or b"\0", np.uint8)
-    array = cv2.imdecode(content, cv2.IMREAD_UNCHANGED)
+    content = read_bytes(path) or b"\0"
+    if content.startswith(_PNG):
+        _check_chunks(content)
+    array = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
     if array is None or array.shape[1::-1] != size:
         raise ValueError("no pixels of its size in it")
     return _to_rgb_order(array)
+
+
+def _check_chunks(content: bytes) -> None:
+    """Raise ValueError for a PNG chunk longer than the file: OpenCV would make room for it."""
+    at = len(_PNG)
+    while at + 8 <= len(content):
+        length, kind = int.from_bytes(content[at : at + 4], "big"), content[at + 4 : at + 8]
+        at += 12 + length
+        if kind == b"IEND":  # what may follow is none of the picture's
+            break
+    if at > len(content):
+        raise ValueError("a part of it is longer than the file")
 
 
 def _to_rgb_order(array: np.ndarray) -> np.ndarray:
