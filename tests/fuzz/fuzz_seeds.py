@@ -42,6 +42,7 @@ GROUPS = [
      "adapter": ADAPTERS["lora"].options}[f.name]
     for f in fields(config.TrainConfig)
 ]  # fmt: skip
+FEW_GROUPS = [config.ModelOptions, config.LoaderOptions, config.LogOptions]  # quick to read
 CHOICES = {"model_type": tuple(MODEL_TYPES), "adapter": tuple(ADAPTERS)}
 
 
@@ -137,11 +138,11 @@ def name_seeds() -> list[bytes]:
 
 
 def option_seeds() -> list[bytes]:
-    said = flags.parse("run_sa.py", "", GROUPS, []).instances
+    said = flags.parse("run_sa.py", "", FEW_GROUPS, []).instances
     return [
         yaml.safe_dump(flags.dump(said), sort_keys=False).encode(),
-        b"lr: 1e-4\nimage_size: 360x480\nbatch_size: auto\nwandb: yes\ntrain_slice: '0:20'\n",
-        b"project_name: 2024-01-01\ncrop: !!str 64\ntrain_list: ~\n",
+        b"image_size: 360x480\nbatch_size: auto\nwandb: yes\nadapter: 'lora'\n",
+        b"project_name: 2024-01-01\nlog_every: !!str 64\ncheckpoint: ~\n",
     ]
 
 

@@ -20,7 +20,7 @@ import fuzz_seeds as seeds
 import numpy as np
 import torch
 import yaml
-from fuzz_seeds import CHOICES, GROUPS, MASK_RULES
+from fuzz_seeds import CHOICES, FEW_GROUPS, MASK_RULES
 from safetensors.torch import save
 
 from samtune import flags
@@ -195,9 +195,9 @@ def options(data: bytes) -> None:
     """A YAML file: what is understood reads back as it was."""
     path = write("c.yaml", data)
     flags.peek(["--config", str(path)], "adapter", "lora")
-    said = flags.parse("run_sa.py", "", GROUPS, ["--config", str(path)], choices=CHOICES)
+    said = flags.parse("run_sa.py", "", FEW_GROUPS, ["--config", str(path)], choices=CHOICES)
     path.write_text(yaml.safe_dump(flags.dump(said.instances), sort_keys=False))
-    again = flags.parse("run_sa.py", "", GROUPS, ["--config", str(path)], choices=CHOICES)
+    again = flags.parse("run_sa.py", "", FEW_GROUPS, ["--config", str(path)], choices=CHOICES)
     assert again.instances == said.instances
 
 

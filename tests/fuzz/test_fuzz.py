@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from samtune.data import limits
 
 HERE = Path(__file__).resolve().parent
-CASES = 150  # of each target
-GUIDED_CASES = 300
+CASES = 100  # of each target
+GUIDED_CASES = 150
 PATIENCE = 300  # seconds, in which a case of milliseconds is called a hang
 PIECES = (
     b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"\0\1\0\0", b"\xff", b"\0", b"9" * 20,
