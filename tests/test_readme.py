@@ -15,7 +15,7 @@ from samtune.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-TORCHRUNS = {"nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint", "help"}
+TORCHRUNS = {"max_restarts", "nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint", "help"}
 SUITES = {"list", "only", "preset"}  # flags of benchmarks/run.py
 SLURMS = {"nodes", "gpus"}  # sbatch's flags, up to their first hyphen
 # run.sh's variables that are torchrun's
