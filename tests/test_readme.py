@@ -15,9 +15,7 @@ from samtune.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-TORCHRUNS = {
-    "nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint", "max_restarts", "help",
-}  # fmt: skip
+TORCHRUNS = {"max_restarts", "nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint", "help"}
 SUITES = {"list", "only", "preset"}  # flags of benchmarks/run.py
 OTHERS = {"fuzz", "require", "disable"}  # flags of test.sh and of pip, up to their first hyphen
 SLURMS = {"nodes", "gpus"}  # sbatch's flags, up to their first hyphen
