@@ -122,6 +122,11 @@ def test_groups_of_a_data_set_on_both_sides_are_told_whatever_they_look_like():
     assert "share 1 sequence(s), s1:" in found.text and found.examples == ("s1_3 ~ s1_99",)
 
 
+def test_the_same_picture_is_no_neighbour_of_itself():
+    train = [facts(f"img_{i:03d}", str(i).encode()) for i in range(20)]
+    assert set(leaks(train, train[:3])) == {"shared_pictures"}
+
+
 def test_volumes_that_are_kept_apart_are_fine():
     one, two = video(30, name="case1_slice{:03d}"), video(30, name="case2_slice{:03d}")
     assert leaks(one, two) == {}

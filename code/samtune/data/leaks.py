@@ -183,7 +183,10 @@ def _by_sequence(split: Split) -> dict[tuple[str, bool], list[tuple[int, Facts]]
 
 
 def _following(mine: list[tuple[int, Facts]], others: list[tuple[int, Facts]]) -> list:
-    """For each of the others the nearest of mine, where there is one next to it."""
+    """For each of the others the nearest of mine, where there is one next to it.
+
+    The same picture on both sides is no neighbour: that is told already.
+    """
     numbers = np.array([number for number, _ in mine])
     steps = np.diff(sorted({*numbers.tolist(), *(number for number, _ in others)}))
     reach = _NEAR * (np.median(steps) if len(steps) else 0)
@@ -192,8 +195,9 @@ def _following(mine: list[tuple[int, Facts]], others: list[tuple[int, Facts]]) -
         place = int(np.searchsorted(numbers, number))
         beside = range(max(0, place - 1), min(len(mine), place + 1))
         nearest = min(beside, key=lambda i: abs(numbers[i] - number))
-        if abs(numbers[nearest] - number) <= reach:
-            pairs.append((mine[nearest][1], facts))
+        one = mine[nearest][1]
+        if abs(numbers[nearest] - number) <= reach and one.picture != facts.picture:
+            pairs.append((one, facts))
     return pairs
 
 
