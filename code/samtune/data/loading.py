@@ -23,6 +23,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -240,8 +241,16 @@ def _stop_signals_blocked():
 
 
 def _start_worker(_: int) -> None:
+    sys.excepthook = _tell_of_error
     cv2.setNumThreads(0)  # torch sets its own to 1; more would compete with the other processes
     threading.Thread(target=_end_when_told_by_parent, daemon=True).start()
+
+
+def _tell_of_error(kind: type, error: BaseException, traceback) -> None:
+    """As Python does; but a killed parent, whose question about a tensor breaks off, is no error of
+    this process. A thread of multiprocessing's tells of it here."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, traceback)
 
 
 def _end_when_told_by_parent() -> None:
