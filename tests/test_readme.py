@@ -122,5 +122,19 @@ def test_the_recipes_are_those_in_their_folder():
 
 def test_nothing_is_left_to_fill_in():
     assert set(re.findall(r"<!--/?([\w-]+)-->", README)) == {
-        "adapters", "benchmarks", "datasets", "exit-codes", "files",
+        "adapters", "benchmarks", "datasets", "exit-codes", "faults", "files",
     }  # fmt: skip
+
+
+def test_every_test_of_a_fault_that_is_named_exists():
+    """`file.py`, then a colon and the starts of names of tests in it."""
+    rows = table("faults")
+    assert len(rows) > 25
+    for what, happens, tests in rows:
+        assert what and happens
+        named = re.findall(r"`([\w/]+\.py)`(?:: ((?:`\w+`(?:, )?)+))?", tests)
+        assert named, what
+        for file, names in named:
+            text = (ROOT / "tests" / file).read_text()
+            for name in re.findall(r"`(\w+)`", names):
+                assert f"def test_{name}" in text, (what, file, name)

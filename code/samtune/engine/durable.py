@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from samtune.activity import now
 from samtune.errors import UserError
 
 
@@ -30,6 +31,7 @@ def write_atomically(
     disk, a folder without permission).
     """
     path = Path(path)
+    now.turns_to(f"the writing of {path}")
     temporary = path.with_name(f".part.{path.name}")
     refusals: list[OSError] = []
     try:

@@ -228,7 +228,7 @@ def _advice() -> str:
     """How to go on."""
     if not now.run:
         return "Nothing was lost: launch it again"
-    if not RunFolder(now.run).last.exists():
+    if not RunFolder(now.run).states():
         return f"{now.run} holds no state to go on with yet: launch it again"
     return f"What is in {now.run} is whole: --resume {now.run} goes on from it"
 
