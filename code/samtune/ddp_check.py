@@ -51,9 +51,10 @@ class Rounding(NamedTuple):
 # Where only the order of sums differs: some units of float32; on a GPU kernels that add up in any
 # order, in bf16 too. A gradient with wrong weights is off by about an image's share of a step.
 ROUNDING = {"fp32": Rounding(1e-4, 1e-3)} | dict.fromkeys(("bf16", "fp16"), Rounding(1e-2, 1e-3))
-# Where batches are joined: in half precision what cancels out before a BatchNorm (the gradient of
-# a bias there is 0) leaves noise that is as large as small gradients are.
-ROUNDING_JOINED = {"fp32": Rounding(1e-2, 1e-3)} | dict.fromkeys(
+# Where batches are joined, a value beside 0 may fall on the other side of a ReLU, most likely in
+# small batches (measured: 2e-2 at worst); and in half precision what cancels out before a BatchNorm
+# (the gradient of a bias there is 0) leaves noise that is as large as small gradients are.
+ROUNDING_JOINED = {"fp32": Rounding(5e-2, 1e-2)} | dict.fromkeys(
     ("bf16", "fp16"), Rounding(5e-2, 1.0)
 )
 _LOSS_SCALE = 256.0  # under fp16: the trainer's own starts so high that it overflows
