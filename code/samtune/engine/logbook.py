@@ -6,6 +6,7 @@ What a record is, says `records`.
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import sys
@@ -197,6 +198,11 @@ def draw_curves(records: list[dict], path: Path, title: str) -> None:
 
     The last record that says "best" is marked. Epochs without a number leave a gap.
     """
+    _draw_figure(records, path, title)
+    gc.collect()  # a figure holds itself, and in a process this large Python looks for such too rarely
+
+
+def _draw_figure(records: list[dict], path: Path, title: str) -> None:
     # No pyplot: a figure of its own needs neither a display nor a backend to be chosen.
     from matplotlib.figure import Figure
 
