@@ -199,7 +199,7 @@ def draw_curves(records: list[dict], path: Path, title: str) -> None:
     The last record that says "best" is marked. Epochs without a number leave a gap.
     """
     _draw_figure(records, path, title)
-    gc.collect()  # a figure holds itself, and in a process this large Python looks for such too rarely
+    gc.collect()  # a figure holds itself, and Python looks for such seldom in a large process
 
 
 def _draw_figure(records: list[dict], path: Path, title: str) -> None:
