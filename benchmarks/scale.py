@@ -73,9 +73,9 @@ class Cluster:
 REQUIRED = ("images", "gpus", "cores_per_gpu", "bytes_per_image")
 # What works beside the GPUs, its rate, and the unit of that rate.
 BESIDE = {
-    "loader": ("loader_rate", "{:,.1f} images/s a core"),
-    "storage": ("storage", "{:,.2f} GB/s"),
-    "network": ("network", "{:,.3f} GB/s a GPU"),
+    "loader": ("loader_rate", "{:,.3g} images/s a core"),
+    "storage": ("storage", "{:,.3g} GB/s"),
+    "network": ("network", "{:,.3g} GB/s a GPU"),
 }
 _GIGA = {"loader_rate": 1, "storage": 1e9, "network": 1e9}
 
