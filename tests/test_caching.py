@@ -159,7 +159,9 @@ def test_an_interrupted_run_goes_on_exactly_while_it_fills_too(config, plain, mo
     agreed = StopSignal.agreed
     for stop_at in (1, 5):  # batches of features or steps, from the launch on
         calls = iter(range(100))
-        monkeypatch.setattr(StopSignal, "agreed", lambda _, c=calls, n=stop_at: next(c) == n)
+        monkeypatch.setattr(
+            StopSignal, "agreed", lambda _, due=False, c=calls, n=stop_at: next(c) == n
+        )
         with pytest.raises(Interrupted):
             train(named(config, "cut"), RunFolder("cut") if stop_at > 1 else None, ALONE)
     monkeypatch.setattr(StopSignal, "agreed", agreed)

@@ -180,7 +180,7 @@ def test_only_with_strict_do_warnings_end_badly(data):
 def test_names_are_text_in_the_page(data):
     evil = "<script>alert(1)<&'\"é"
     write(data / "train", {f"image/{evil}.png": picture(50), f"mask/{evil}.png": mask(1, 0)})
-    control = "bell\a\x1b[31m\udcff"
+    control = "bell\a\x1b[31m"
     write(data / "train", {f"image/{control}.png": picture(51), f"mask/{control}.png": mask(1, 0)})
     run(config(), ALONE)
     page = Path("report/check.html").read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import time
 from dataclasses import replace
@@ -57,7 +58,8 @@ def test_who_outlives_the_launch_is_counted_and_one_look_at_the_dead_is_none():
 def test_a_process_is_looked_at_as_it_is():
     before = look(os.getpid(), "me", 0.0)
     kept = [open(os.devnull) for _ in range(3)]  # noqa: SIM115
-    ballast = bytearray(os.urandom(MIB)) * 32
+    ballast = mmap.mmap(-1, 32 * MIB)  # new pages, whatever else this process has freed
+    ballast.write(os.urandom(MIB) * 32)
     after = look(os.getpid(), "me", 1.0)
     assert after.files == before.files + 3 and not after.zombie
     assert len(ballast) * 0.9 < after.memory - before.memory < 2 * len(ballast)

@@ -13,7 +13,7 @@ import errno
 import fcntl
 import json
 import os
-import socket
+import platform
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -79,7 +79,7 @@ class RunLock:
 
     def sign(self, launches: Sequence[str]) -> None:
         """Say who holds the folder. launches: `launch_name` of each machine."""
-        mine = {"host": socket.gethostname(), "process": os.getpid(), "launches": list(launches)}
+        mine = {"host": platform.node(), "process": os.getpid(), "launches": list(launches)}
         try:
             self._file.truncate(0)
             self._file.write(json.dumps(mine) + "\n")

@@ -3,7 +3,7 @@
 A target takes any bytes as one input of the program: a picture, a mask, a list, a tar, options, a
 checkpoint. It returns if the program made something of them or refused them with a `UserError`;
 whatever else it raises is a defect. `TARGETS` is shared by the property tests and by the
-coverage-guided fuzzer (`run.py`), which change the bytes of real files (`fuzz_seeds`).
+coverage-guided fuzzer (`fuzz_longer.py`), which change the bytes of real files (`fuzz_seeds`).
 """
 
 from __future__ import annotations

@@ -105,7 +105,13 @@ def test_guided_by_coverage(tmp_path, pytestconfig):
     pytest.importorskip("atheris", reason="there is no Atheris for this system")
     minutes = pytestconfig.getoption("--fuzz")
     amount = ["--minutes", str(minutes)] if minutes else ["--cases", str(GUIDED_CASES)]
-    command = [sys.executable, str(HERE / "run.py"), *amount, "--found", str(tmp_path / "found")]
+    command = [
+        sys.executable,
+        str(HERE / "fuzz_longer.py"),
+        *amount,
+        "--found",
+        str(tmp_path / "found"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split() for line in done.stdout.splitlines() if line.startswith("target ")]

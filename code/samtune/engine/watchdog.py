@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
-import socket
 import sys
 import threading
 import time
@@ -129,7 +129,7 @@ class Watchdog(AbstractContextManager):
         """What this rank does. still: seconds without a move. left: has it gone in good order?"""
         files = [str(file) for file in now.files]
         return {
-            "beats": self._beats, "still": self._still, "left": left, "host": socket.gethostname(),
+            "beats": self._beats, "still": self._still, "left": left, "host": platform.node(),
             "position": now.position(), "doing": now.doing, "reads": now.reads, "waits": now.waits,
             "files": files[:_NAMED_FILES], "more": len(files[_NAMED_FILES:]),
         }  # fmt: skip

@@ -1,10 +1,10 @@
-"""Coverage-guided fuzzing with Atheris (libFuzzer): `python tests/fuzz/run.py --minutes 10`.
+"""Coverage-guided fuzzing with Atheris (libFuzzer): `python tests/fuzz/fuzz_longer.py`.
 
 Each target of `fuzz_targets.py` runs in a process of its own, forked from this one, on the bytes of
 its seeds and on what libFuzzer makes of them, steered by which branches of samtune and of the
 libraries that parse for it an input reaches. A case that raises anything but `UserError`, takes
 longer than a minute or more than 4 GB is a defect: its bytes are kept in `--found`, and
-`python tests/fuzz/run.py --targets NAME FILE ...` runs them again.
+`python tests/fuzz/fuzz_longer.py --targets NAME FILE ...` runs them again.
 """
 
 from __future__ import annotations
