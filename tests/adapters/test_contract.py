@@ -55,6 +55,13 @@ MODELS = [
     for backbone in ADAPTERS[name].backbones
     if (backbone, getattr(options, "form", "")) != ("tiny_vit", "spatial")  # which is refused
 ]
+# Tracing and compiling take seconds: one form of each adapter on each backbone, all with -m slow.
+COMPILED = [
+    model
+    if model.values[:2] not in {earlier.values[:2] for earlier in MODELS[:place]}
+    else pytest.param(*model.values, id=model.id, marks=pytest.mark.slow)
+    for place, model in enumerate(MODELS)
+]
 # A mask decoder for classes starts anew, so it cannot stay frozen.
 SEVERAL = [
     model
@@ -360,7 +367,7 @@ def nothing_compiled():
 
 
 @pytest.mark.usefixtures("nothing_compiled")
-@pytest.mark.parametrize(("model_type", "name", "options"), MODELS)
+@pytest.mark.parametrize(("model_type", "name", "options"), COMPILED)
 def test_encoder_and_decoder_trace_as_one_graph(checkpoint, model_type, name, options):
     """torch.compile meets nothing that it must leave to Python."""
     prompt = ADAPTERS[name].prompts[0]
@@ -372,7 +379,7 @@ def test_encoder_and_decoder_trace_as_one_graph(checkpoint, model_type, name, op
 
 
 @pytest.mark.usefixtures("nothing_compiled")
-@pytest.mark.parametrize(("model_type", "name", "options"), MODELS)
+@pytest.mark.parametrize(("model_type", "name", "options"), COMPILED)
 def test_blocks_compile_in_training(checkpoint, model_type, name, options):
     """Each block is one graph forward and backward, with the values and gradients of plain Python.
 
