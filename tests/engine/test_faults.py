@@ -82,7 +82,7 @@ def test_a_killed_rank(seed, faulty, goes_on):
     ranks = faulty(before_step=at(step, rank, die), workers=seed % 2)
     assert ranks.codes[rank] is None and ranks.codes[1 - rank] == EXIT_LOST, ranks.said
     said = re.search(
-        rf"rank {rank} on \S+, last seen at .*, ended without a word \(killed\?\) while rank "
+        rf"rank {rank} (on \S+, last seen at .*, )?ended without a word \(killed\?\) while rank "
         rf"{1 - rank} was at step \d+ \(epoch \d\)", ranks.error
     )  # fmt: skip
     assert said, ranks.error

@@ -71,6 +71,8 @@ class Watchdog(AbstractContextManager):
             _answer(lambda: self._publish(left=True))
 
     def _watch(self) -> None:
+        if self.board is not None:
+            _answer(self._publish)  # who is killed within the first beat has a name already
         before = time.monotonic()
         while not self._stop.wait(BEAT):
             passed = time.monotonic() - before
