@@ -159,8 +159,16 @@ class Loader(DataLoader):
         return self
 
     def __exit__(self, kind, error: BaseException | None, traceback) -> None:
-        said = self._explained(error) if self._iterator is not None else None
-        self.close()
+        iterator = self._iterator
+        said = self._explained(error) if iterator is not None else None
+        try:
+            self.close()
+        except RuntimeError as late:  # a death that torch noticed only here
+            self._iterator = iterator
+            said = said or self._explained(late)
+            self.close()
+            if not said:
+                raise
         if said:
             raise said from None
 
