@@ -29,6 +29,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
+from multiprocessing.connection import wait
 from typing import Any
 
 import cv2
@@ -210,6 +211,17 @@ class Loader(DataLoader):
             if said := self._explained(error):
                 raise said from None
             raise
+        except (ConnectionError, EOFError):  # a batch whose process died before it was fetched
+            raise self._explained(self._find_dead()) or UserError(
+                "a loader process broke off; lower --workers, or --workers 0 for none"
+            ) from None
+
+    def _find_dead(self) -> RuntimeError:
+        """In torch's words, which processes are gone; the news of it may still be on its way."""
+        workers = [] if self._iterator is None else self._iterator._workers
+        gone = wait([worker.sentinel for worker in workers], timeout=5)
+        pids = ", ".join(str(worker.pid) for worker in workers if worker.sentinel in gone)
+        return RuntimeError(f"DataLoader worker (pid(s) {pids}) exited unexpectedly")
 
     def _explained(self, error: BaseException | None) -> UserError | None:
         """Torch's error about processes of this loader that are gone, with the files they had."""
