@@ -120,7 +120,7 @@ def test_of_three_ranks_the_killed_one_is_named(tmp_path, pictures):
     assert ranks.error.startswith("error: rank 1 on ") and ranks.error.count(" on ") == 2
 
 
-@pytest.mark.slow  # torch now and then ends a rank by the signal that asks it to save
+@pytest.mark.slow  # on a busy machine a rank now and then dies of the signal: open
 @pytest.mark.parametrize("seed", range(2))
 def test_a_killed_launcher(seed, faulty, goes_on, monkeypatch):
     """Its ranks notice that they are orphans, save in the middle of an epoch, and leave."""
